@@ -1,0 +1,654 @@
+"""A decoder-only Mixture-of-Experts language model of the OLMoE shape: pre-norm RMSNorm, RoPE, SwiGLU
+experts.
+
+    B  sequences in the batch     C  model width (n_embd)              E  experts (n_expert)
+    T  tokens in a sequence       H  hidden width of one expert        k  experts per token on average
+    S  B*T tokens in the batch    D  width of one attention head       N  (token, expert) pairs computed
+    V  vocabulary                 L  layers that have experts
+
+The path of a token through one layer: gate -> scores -> router (router.py) -> mask -> the pairs sorted by
+expert -> two grouped matrix products -> back to the tokens, times the scores. Nothing on it waits for the
+host: a router with a known budget gives every tensor a shape that does not depend on the data.
+"""
+
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from router import ROUTERS, ExpertCache, Router, check_bounds, load_balance_loss, z_loss
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The architecture and its routing. Raises ValueError for values that do not fit together."""
+
+    vocab_size: int = 0  # tokens in the vocabulary (0: as many as the data has)
+    block_size: int = 256  # longest sequence, in tokens
+    n_layer: int = 4  # transformer blocks
+    n_head: int = 4  # attention heads
+    n_kv_head: int | None = None  # key and value heads, for grouped-query attention (none: n_head)
+    n_embd: int = 128  # model width C
+    n_expert: int = 16  # experts E per layer (1: a dense model)
+    k: int = 2  # experts per token on average: the budget
+    n_hidden: int = 128  # hidden width H of one expert
+    shared_hidden: int = 0  # hidden width of a shared expert that every token gets (0: none)
+    n_dense_layer: int = 0  # the first layers that have one dense MLP of width k*H in place of experts
+    router: str = "seqtopk"  # topk, batchtopk, seqtopk, online_seqtopk or expert_choice
+    min_experts: int = 1  # no token gets fewer experts (batchtopk, seqtopk, online_seqtopk)
+    max_experts: int | None = None  # no token gets more (none: k + 2, at most n_expert)
+    strict: bool = True  # online_seqtopk never spends more than k experts per token of the past
+    score_fn: str = "softmax"  # scores from the gate's logits: softmax or sigmoid
+    norm_topk: bool = False  # weights of a token's chosen experts sum to 1
+    qk_norm: str = (
+        "none"  # RMSNorm on queries and keys: none, head (each head by itself) or full (all heads at once)
+    )
+    tie_embeddings: bool = False  # the output head shares the token embedding's weights
+    rope_theta: float = 10000.0  # base of the rotary position embedding
+    norm_eps: float = 1e-5  # epsilon of RMSNorm
+
+    def __post_init__(self):
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_expert", "n_hidden"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("vocab_size", "shared_hidden", "n_dense_layer"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name, allowed in (
+            ("router", ROUTERS),
+            ("score_fn", SCORES),
+            ("qk_norm", ("none", "head", "full")),
+        ):
+            _require(
+                getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed)
+            )
+        _require(
+            self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}"
+        )
+        _require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, for RoPE")
+        _require(self.kv_heads >= 1, "n_kv_head", self.kv_heads, "at least 1")
+        _require(
+            self.n_head % self.kv_heads == 0,
+            "n_kv_head",
+            self.kv_heads,
+            f"a divisor of n_head = {self.n_head}",
+        )
+        for name in ("n_embd", "n_hidden"):  # rows of 16 bytes in bfloat16, as grouped_mm asks
+            _require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
+        check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    def has_experts(self, layer: int) -> bool:
+        return self.n_expert > 1 and layer >= self.n_dense_layer
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value}, but must be {allowed}")
+
+
+SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}
+
+
+class Stats(NamedTuple):
+    """What the routing of one forward did. L is 0 in a dense model."""
+
+    balance_loss: Tensor  # scalar, mean over layers; 1 is uniform
+    z_loss: Tensor  # scalar, mean over layers
+    load: Tensor  # (L, E) pairs that each expert got
+    experts: Tensor  # (L, B, T) experts that each token got
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- caches
+
+
+class KVCache:
+    """Keys and values of one layer's past, (B, n_kv_head, max_tokens, D) each."""
+
+    def __init__(self, config: MoEConfig, batch_size: int, max_tokens: int, device, dtype):
+        shape = (batch_size, config.kv_heads, max_tokens, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def append(self, k: Tensor, v: Tensor, pos: int) -> tuple[Tensor, Tensor]:
+        """Write (B, n_kv_head, T, D) at `pos` and return everything up to there."""
+        end = pos + k.shape[2]
+        self.k[:, :, pos:end] = k
+        self.v[:, :, pos:end] = v
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class Cache:
+    """All that decoding remembers: per layer a KVCache and, where the router needs one, an ExpertCache.
+
+    The layers read `pos`, the number of tokens seen; the model alone advances it, once per forward.
+    """
+
+    def __init__(self, config: MoEConfig, batch_size: int, max_tokens: int, router: str, device, dtype):
+        self.batch_size, self.max_tokens, self.router = batch_size, max_tokens, router
+        self.kv = [KVCache(config, batch_size, max_tokens, device, dtype) for _ in range(config.n_layer)]
+        make, options = ROUTERS[router].cache, routing_options(config, ROUTERS[router])
+        self.experts: list[ExpertCache | None] = [
+            make(batch_size, max_tokens, config.k, config.n_expert, device=device, **options)
+            if make and config.has_experts(layer)
+            else None
+            for layer in range(config.n_layer)
+        ]
+        self.active = torch.zeros(
+            batch_size, max_tokens, dtype=torch.bool, device=device
+        )  # which tokens are real
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, so that the next forward starts new sequences."""
+        self.pos = 0
+        self.padded = False  # some token may not be active
+        self.active.fill_(False)
+        for experts in filter(None, self.experts):
+            experts.reset()
+
+    def mark(self, T: int, active: Tensor | None) -> None:
+        """Note which of the next T tokens are real (None: all)."""
+        self.active[:, self.pos : self.pos + T] = True if active is None else active
+        self.padded = self.padded or active is not None
+
+    def attention_mask(self, T: int) -> Tensor | None:
+        """Who the next T tokens may attend to, for Context.mask."""
+        end, device = self.pos + T, self.active.device
+        if not self.padded and (T == 1 or self.pos == 0):
+            return None
+        query, key = torch.arange(self.pos, end, device=device).unsqueeze(1), torch.arange(end, device=device)
+        if not self.padded:
+            return (key <= query)[None, None]  # (1, 1, T, pos + T)
+        mask = (key <= query) & self.active[:, None, :end] | (
+            key == query
+        )  # itself: a softmax over nothing is NaN
+        return mask.unsqueeze(1)  # (B, 1, T, pos + T)
+
+    def advance(self, T: int) -> None:
+        self.pos += T
+
+    @property
+    def kv_nbytes(self) -> int:
+        return sum(kv.k.nbytes + kv.v.nbytes for kv in self.kv)
+
+    @property
+    def expert_nbytes(self) -> int:
+        return sum(experts.nbytes for experts in filter(None, self.experts))
+
+
+def routing_options(config: MoEConfig, router: Router) -> dict:
+    """The settings of `config` that this router takes besides k."""
+    return {name: getattr(config, name) for name in router.options}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- layers
+
+
+def rope_angles(position: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles at position (B or 1, T): (B or 1, 1, T, D/2) each (arXiv
+    2104.09864)."""
+    exponent = torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim
+    angle = position[:, None, :, None] * config.rope_theta**-exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]) of each head by their angles. x (B, heads, T, D) -> the same in
+    float32."""
+    cos, sin = angles
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Context(NamedTuple):
+    """What all layers of one forward share."""
+
+    router: Router
+    angles: tuple[Tensor, Tensor]  # of rope_angles
+    mask: Tensor | None  # (B or 1, 1, T, pos + T) bool, True where a query sees a key; None: all up to itself
+    active: Tensor | None  # (B, T) bool, False at padding and in rows that have finished; None: all active
+    pos: int  # tokens in the caches before this forward
+
+
+class Attention(nn.Module):
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm != "none":
+            q_heads, k_heads = (1, 1) if self.qk_norm == "head" else (self.n_head, self.n_kv_head)
+            self.q_norm = nn.RMSNorm(q_heads * self.head_dim, config.norm_eps)
+            self.k_norm = nn.RMSNorm(k_heads * self.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, context: "Context", kv: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        widths = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        q, k, v = self.qkv(x).split(widths, dim=-1)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
+        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, context.angles).to(v.dtype), rotate(k, context.angles).to(v.dtype)
+        if kv is not None:
+            k, v = kv.append(k, v, context.pos)  # (B, n_kv_head, pos + T, D)
+        causal = context.mask is None and T > 1
+        gqa = self.n_kv_head != self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(..., 2H) -> (..., H) (arXiv 2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class MLP(nn.Module):
+    """A dense SwiGLU layer: the dense twin's, a first dense layer's, or a shared expert."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w_in = nn.Linear(width, 2 * hidden, bias=False)
+        self.w_out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_out(swiglu(self.w_in(x)))
+
+
+def sort_pairs(mask: Tensor, size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of mask (S, E), sorted by expert: flat index e*S + s (N,), token s (N,), end of each expert
+    (E,) int32.
+
+    `size`: a number N that the pairs cannot exceed; the spare ones have the flat index -1, some valid token,
+    and lie in the last expert that is used, which its weights are read for in any case. None: count them
+    (waits for the host).
+    """
+    flat = mask.T.reshape(-1)  # (E*S,)
+    pair = flat.nonzero() if size is None else torch.nonzero_static(flat, size=size, fill_value=-1)
+    pair = pair.squeeze(1)  # (N,)
+    ends = mask.sum(0).cumsum(0)
+    ends = torch.where(ends == ends[-1], pair.shape[0], ends).int()
+    return pair, pair % mask.shape[0], ends
+
+
+def run_experts(
+    x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, size: int | None
+) -> Tensor:
+    """y[s] = sum over the experts e of mask[s] of weight[s, e] * expert_e(x[s]).
+
+    x (S, C); mask, weight (S, E), weight float32; w_in (E, C, 2H), w_out (E, H, C) in x's dtype; `size` as in
+    sort_pairs -> (S, C) float32. An expert without tokens costs nothing and gets a zero gradient.
+    """
+    pair, token, ends = sort_pairs(mask, size)
+    h = swiglu(F.grouped_mm(x[token], w_in, offs=ends))  # (N, H)
+    y = F.grouped_mm(h, w_out, offs=ends)  # (N, C)
+    pair_weight = torch.where(pair < 0, 0, weight.T.reshape(-1)[pair])  # (N,)
+    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, y * pair_weight.unsqueeze(-1))
+
+
+class MoE(nn.Module):
+    """E experts, a gate, and possibly a shared expert."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.w_in = nn.Parameter(torch.empty(config.n_expert, config.n_embd, 2 * config.n_hidden))
+        self.w_out = nn.Parameter(torch.empty(config.n_expert, config.n_hidden, config.n_embd))
+        self.shared = MLP(config.n_embd, config.shared_hidden) if config.shared_hidden else None
+        self.register_buffer(
+            "bias", torch.zeros(config.n_expert)
+        )  # for selection; moved by router.loss_free_update
+
+    def forward(self, x: Tensor, context: Context, cache: ExpertCache | None) -> tuple[Tensor, Stats]:
+        """x (B, T, C) -> the same shape, and the statistics of this layer (load (E,), experts (B, T))."""
+        B, T, C = x.shape
+        with torch.autocast(x.device.type, enabled=False):  # routing is float32 throughout
+            logits = F.linear(x.float(), self.gate.weight.float())  # (B, T, E)
+            scores = SCORES[self.config.score_fn](logits)
+        mask = self.select(scores.detach() + self.bias, context, cache)  # (B, T, E)
+        weight = scores  # without the bias: that one selects, and never weighs
+        if self.config.norm_topk:
+            weight = scores / (scores * mask).sum(-1, keepdim=True).clamp(min=1e-9)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)  # grouped_mm knows nothing of autocast
+        size = self.max_pairs(B * T, context)
+        y = run_experts(
+            x.reshape(-1, C).to(dtype), mask.flatten(0, 1), weight.flatten(0, 1), w_in, w_out, size
+        )
+        y = y.to(x.dtype).view(B, T, C)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, Stats(load_balance_loss(scores, mask), z_loss(logits), mask.sum((0, 1)), mask.sum(-1))
+
+    @torch.no_grad()
+    def select(self, scores: Tensor, context: Context, cache: ExpertCache | None) -> Tensor:
+        if cache is not None:
+            return cache.select(scores, context.active)
+        mask = context.router.select(scores, self.config.k, **routing_options(self.config, context.router))
+        return mask if context.active is None else mask & context.active.unsqueeze(-1)
+
+    def max_pairs(self, tokens: int, context: Context) -> int | None:
+        """A number of pairs that `tokens` tokens cannot exceed, or None if there is none worth padding to.
+
+        A strict budget binds sequences from their start; later on, a token may spend what earlier ones have
+        saved.
+        """
+        router, config, fresh = context.router, self.config, context.pos == 0
+        if router.exact or (fresh and "strict" in router.options and config.strict):
+            return tokens * config.k
+        if fresh or "max_experts" not in router.options:
+            return None
+        return tokens * check_bounds(config.n_expert, config.k, config.min_experts, config.max_experts)
+
+
+class Block(nn.Module):
+    def __init__(self, config: MoEConfig, layer: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = (
+            MoE(config) if config.has_experts(layer) else MLP(config.n_embd, config.k * config.n_hidden)
+        )
+
+    def forward(
+        self, x: Tensor, context: Context, kv: KVCache | None, experts: ExpertCache | None
+    ) -> tuple[Tensor, Stats | None]:
+        x = x + self.attention(self.attention_norm(x), context, kv)
+        h = self.mlp_norm(x)
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(h), None
+        y, stats = self.mlp(h, context, experts)
+        return x + y, stats
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- the model
+
+
+class Chunk(NamedTuple):
+    """Tokens that `generate` fed to the model, and what the model gave them."""
+
+    tokens: Tensor  # (B, t) int64
+    experts: Tensor  # (B, t, L) experts that each token got in each layer that has experts
+    active: Tensor  # (B, t) bool, False for padding and in rows that have stopped
+
+
+class MoEGPT(nn.Module):
+    def __init__(self, config: MoEConfig):
+        """Random weights: normal with deviation 0.02, smaller where a matrix adds to the residual stream
+        (GPT-2)."""
+        super().__init__()
+        _require(config.vocab_size >= 1, "vocab_size", config.vocab_size, "at least 1")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                to_residual = name.endswith(("attention.out.weight", "w_out", "w_out.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** 0.5 if to_residual else 0.02)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        router: str | None = None,
+        active: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Stats]:
+        """Logits of the next token, the mean cross-entropy in nats if targets are given, and routing
+        statistics.
+
+        idx, targets (B, T) int64, targets of -1 do not count. With a cache, idx continues the sequences in
+        it, and its router routes; otherwise `router` does (None: the config's). active (B, T) bool marks,
+        with a cache, the real tokens: the others are not attended to and get no expert. -> logits (B, T, V)
+        float32, loss, Stats. Raises ValueError for a sequence longer than block_size, or than the cache has
+        room for.
+        """
+        x, stats = self._trunk(idx, cache, router, active)
+        logits = self.head(x).float()
+        loss = (
+            None
+            if targets is None
+            else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        )
+        return logits, loss, stats
+
+    def _trunk(self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None):
+        """Everything before the head: (B, T, C), Stats."""
+        context = self._context(idx, cache, router, active)
+        x = self.embedding(idx)  # (B, T, C)
+        stats = []
+        for layer, block in enumerate(self.blocks):
+            kv, experts = (cache.kv[layer], cache.experts[layer]) if cache else (None, None)
+            x, layer_stats = block(x, context, kv, experts)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        if cache:
+            cache.advance(idx.shape[1])
+        return self.norm(x), self._collect(stats, idx)
+
+    def _context(
+        self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None
+    ) -> Context:
+        T = idx.shape[1]
+        pos, room = (cache.pos, cache.max_tokens) if cache else (0, self.config.block_size)
+        if pos + T > room:
+            raise ValueError(
+                f"{pos + T} tokens are more than the {room} that {'the cache' if cache else 'block_size'} allows"
+            )
+        position = pos + torch.arange(T, device=idx.device).unsqueeze(0)  # (1, T)
+        mask = None
+        if cache:
+            cache.mark(T, active)
+            router = cache.router
+            if cache.padded:
+                position = (cache.active.cumsum(-1) - 1)[:, pos : pos + T].clamp(min=0)  # (B, T)
+            mask = cache.attention_mask(T)
+        elif active is not None:
+            raise ValueError("active needs a cache: without one, padding would compete for experts")
+        return Context(
+            ROUTERS[router or self.config.router], rope_angles(position, self.config), mask, active, pos
+        )
+
+    def _collect(self, stats: list[Stats], idx: Tensor) -> Stats:
+        """Put the layers' statistics together."""
+        if not stats:
+            zero = torch.zeros((), device=idx.device)
+            return Stats(zero, zero, idx.new_zeros(0, self.config.n_expert), idx.new_zeros(0, *idx.shape))
+        balance, z, load, experts = (torch.stack(values) for values in zip(*stats, strict=True))
+        return Stats(balance.mean(), z.mean(), load, experts)
+
+    def new_cache(self, batch_size: int, max_tokens: int | None = None, router: str | None = None) -> Cache:
+        """An empty cache for batch_size sequences of up to max_tokens (None: block_size) tokens.
+
+        router: a causal one (None: the `decode` stand-in of the config's). Raises ValueError for any other.
+        """
+        router = router or ROUTERS[self.config.router].decode
+        causal = [name for name, row in ROUTERS.items() if row.causal]
+        _require(router in causal, "router", router, f"causal to decode: {', '.join(causal)}")
+        weight = self.head.weight
+        return Cache(
+            self.config, batch_size, max_tokens or self.config.block_size, router, weight.device, weight.dtype
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        cache: Cache | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | None = None,
+        generator: torch.Generator | None = None,
+        active: Tensor | None = None,
+    ) -> Iterator[Chunk]:
+        """Continue idx (B, P) by up to max_new_tokens tokens; yields the prompt, then each new token, as it
+        is fed.
+
+        A row ends at the token `stop`, which is not yielded as active, and generation when all rows have
+        ended. active (B, P) bool marks the real tokens of prompts padded on the left to one length.
+        temperature 0 takes the likeliest token; top_k and top_p as in sample_token, which says what
+        ValueErrors it raises.
+
+        The cache (None: a new one of block_size tokens) is the window that the model sees. When it is full,
+        it is emptied and the newest half of the text is fed again, so that their routing begins anew; a
+        prompt that does not fit is cut to its newest max_tokens // 2 tokens.
+        """
+        cache = cache or self.new_cache(len(idx))
+        text, real = idx, torch.ones_like(idx, dtype=torch.bool) if active is None else active
+        half = max(cache.max_tokens // 2, 1)
+        if idx.shape[1] > cache.max_tokens:
+            text, real = text[:, -half:], real[:, -half:]
+        padded = active is not None
+        logits, experts = self._feed(text, cache, real if padded else None)
+        yield Chunk(text, experts, real)
+        alive = torch.ones_like(real[:, :1])
+        for _ in range(max_new_tokens):
+            token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            if stop is not None:
+                alive = alive & (token != stop)
+                if not alive.any():
+                    return
+                padded = padded or not alive.all()
+            if cache.pos == cache.max_tokens:
+                cache.reset()
+                self._feed(text[:, -half:], cache, real[:, -half:] if padded else None)
+            logits, experts = self._feed(token, cache, alive if padded else None)
+            text, real = torch.cat([text, token], dim=1), torch.cat([real, alive], dim=1)
+            yield Chunk(token, experts, alive)
+
+    def _feed(self, idx: Tensor, cache: Cache, active: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits (B, V) after the last token, and experts (B, t, L) of each."""
+        x, stats = self._trunk(idx, cache, None, active)
+        return self.head(x[:, -1]).float(), stats.experts.permute(1, 2, 0)
+
+    def n_params(self) -> tuple[int, int]:
+        """Parameters in all, and those that an average token uses: k of E experts."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+        experts = sum(layer.w_in.numel() + layer.w_out.numel() for layer in layers)
+        return total, total - experts * (self.config.n_expert - self.config.k) // self.config.n_expert
+
+    def flops_per_token(self, tokens: int) -> int:
+        """Floating-point operations of one training step, per token of a sequence of `tokens`.
+
+        Three times the forward's (arXiv 2204.02311, appendix B): 2 for each weight of a matrix product that
+        the token uses, and 4*C for each token that it could attend to, causality not discounted. MFU is
+        quoted in these.
+        """
+        _, active = self.n_params()
+        looked_up = 0 if self.config.tie_embeddings else self.embedding.weight.numel()
+        attention = 4 * self.config.n_layer * self.config.n_embd * tokens
+        return 3 * (2 * (active - looked_up) + attention)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict, **changes) -> "MoEGPT":
+        """The model of a loaded checkpoint, some fields of its config changed (router="topk", say).
+
+        Raises ValueError when its weights do not fit the changed config.
+        """
+        model = cls(replace(MoEConfig(**checkpoint["config"]), **changes))
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint's weights do not fit this architecture: {error}") from error
+        return model
+
+
+def sample_token(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the next token: logits (B, V) -> (B, 1).
+
+    temperature 0 takes the likeliest. top_k keeps the k likeliest tokens; top_p then keeps the fewest
+    likeliest ones that hold a share p of the probability (arXiv 1904.09751). Raises ValueError for
+    temperature < 0, top_k < 1, top_p outside (0, 1].
+    """
+    _require(temperature >= 0, "temperature", temperature, "at least 0")
+    _require(top_k is None or top_k >= 1, "top_k", top_k, "at least 1")
+    _require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None:
+        probability, token = logits.softmax(-1).sort(dim=-1, descending=True)
+        beyond = probability.cumsum(-1) - probability >= top_p  # the likelier ones hold p already
+        logits = logits.masked_fill(beyond.scatter(-1, token, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- checkpoints
+
+FORMAT = "seqtopk checkpoint 1"
+
+
+def save_checkpoint(path: str | Path, model: MoEGPT, **extra) -> None:
+    """Write the config and weights of the uncompiled model, and `extra`, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(
+            {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **extra}, file
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """Read what save_checkpoint wrote: its `extra`, and "config" and "model" for MoEGPT.from_checkpoint.
+
+    Raises ValueError when there is no such file, when it is damaged, or when something else wrote it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}: train a model first, or correct the path")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint of this project: use another, such as best.pt"
+        ) from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was not written by this project (or by another version): expected {FORMAT!r}"
+        )
+    unknown = set(checkpoint["config"]) - {field.name for field in fields(MoEConfig)}
+    if unknown:
+        raise ValueError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+    return checkpoint
