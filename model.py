@@ -55,30 +55,28 @@ class MoEConfig:
 
     def __post_init__(self):
         for name in ("block_size", "n_layer", "n_head", "n_embd", "n_expert", "n_hidden"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("vocab_size", "shared_hidden", "n_dense_layer"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name, allowed in (
             ("router", ROUTERS),
             ("score_fn", SCORES),
             ("qk_norm", ("none", "head", "full")),
         ):
-            _require(
-                getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed)
-            )
-        _require(
+            require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
+        require(
             self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}"
         )
-        _require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, for RoPE")
-        _require(self.kv_heads >= 1, "n_kv_head", self.kv_heads, "at least 1")
-        _require(
+        require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, for RoPE")
+        require(self.kv_heads >= 1, "n_kv_head", self.kv_heads, "at least 1")
+        require(
             self.n_head % self.kv_heads == 0,
             "n_kv_head",
             self.kv_heads,
             f"a divisor of n_head = {self.n_head}",
         )
         for name in ("n_embd", "n_hidden"):  # rows of 16 bytes in bfloat16, as grouped_mm asks
-            _require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
+            require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
 
     @property
@@ -93,7 +91,8 @@ class MoEConfig:
         return self.n_expert > 1 and layer >= self.n_dense_layer
 
 
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ValueError, naming the setting, its value and what is allowed, unless it is ok."""
     if not ok:
         raise ValueError(f"{name} is {value}, but must be {allowed}")
 
@@ -387,6 +386,9 @@ class Block(nn.Module):
 # -------- the model
 
 
+TEMPERATURE, TOP_P = 0.8, 0.95  # how text is drawn unless somebody says otherwise
+
+
 class Chunk(NamedTuple):
     """Tokens that `generate` fed to the model, and what the model gave them."""
 
@@ -400,7 +402,7 @@ class MoEGPT(nn.Module):
         """Random weights: normal with deviation 0.02, smaller where a matrix adds to the residual stream
         (GPT-2)."""
         super().__init__()
-        _require(config.vocab_size >= 1, "vocab_size", config.vocab_size, "at least 1")
+        require(config.vocab_size >= 1, "vocab_size", config.vocab_size, "at least 1")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -459,9 +461,8 @@ class MoEGPT(nn.Module):
         T = idx.shape[1]
         pos, room = (cache.pos, cache.max_tokens) if cache else (0, self.config.block_size)
         if pos + T > room:
-            raise ValueError(
-                f"{pos + T} tokens are more than the {room} that {'the cache' if cache else 'block_size'} allows"
-            )
+            limit = "the cache" if cache else "block_size"
+            raise ValueError(f"{pos + T} tokens are more than the {room} that {limit} allows")
         position = pos + torch.arange(T, device=idx.device).unsqueeze(0)  # (1, T)
         mask = None
         if cache:
@@ -491,7 +492,7 @@ class MoEGPT(nn.Module):
         """
         router = router or ROUTERS[self.config.router].decode
         causal = [name for name, row in ROUTERS.items() if row.causal]
-        _require(router in causal, "router", router, f"causal to decode: {', '.join(causal)}")
+        require(router in causal, "router", router, f"causal to decode: {', '.join(causal)}")
         weight = self.head.weight
         return Cache(
             self.config, batch_size, max_tokens or self.config.block_size, router, weight.device, weight.dtype
@@ -503,9 +504,9 @@ class MoEGPT(nn.Module):
         idx: Tensor,
         max_new_tokens: int,
         cache: Cache | None = None,
-        temperature: float = 1.0,
+        temperature: float = TEMPERATURE,
         top_k: int | None = None,
-        top_p: float | None = None,
+        top_p: float | None = TOP_P,
         stop: int | None = None,
         generator: torch.Generator | None = None,
         active: Tensor | None = None,
@@ -596,9 +597,9 @@ def sample_token(
     likeliest ones that hold a share p of the probability (arXiv 1904.09751). Raises ValueError for
     temperature < 0, top_k < 1, top_p outside (0, 1].
     """
-    _require(temperature >= 0, "temperature", temperature, "at least 0")
-    _require(top_k is None or top_k >= 1, "top_k", top_k, "at least 1")
-    _require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
+    require(temperature >= 0, "temperature", temperature, "at least 0")
+    require(top_k is None or top_k >= 1, "top_k", top_k, "at least 1")
+    require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature

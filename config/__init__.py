@@ -1,0 +1,188 @@
+"""Settings of a script: a frozen dataclass holds the defaults, config files and --key=value change them.
+
+    python train.py config/tiny_seqtopk.py --max_iters=200 --compile=false
+
+A config file is plain Python assignments holding only what differs from the defaults. What comes later wins.
+The comment beside a field of the dataclass is what --help prints.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import math
+import os
+import runpy
+import sys
+import textwrap
+import tokenize
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ALLOWED = {
+    "int": "a whole number such as 8",
+    "float": "a finite number such as 0.1 or 3e-4",
+    "bool": "true or false",
+    "str": "text",
+}
+
+
+def parse(argv: list[str], cls: type) -> tuple[dict[str, Any], list[Path]]:
+    """Read the settings in `argv` (sys.argv[1:]) for the dataclass `cls`.
+
+    Returns the keys that were given, as the types of their fields, and the config files that were read.
+    ValueError, one line, for an unknown key, a wrong type, a config file that is missing or fails.
+    --help prints and exits.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls))
+        raise SystemExit(0)
+    types = {field.name: _type_name(field.type) for field in dataclasses.fields(cls)}
+    given, files = {}, []
+    for arg in argv:
+        if arg.startswith("-"):
+            key, value = _command_line_setting(arg, types)
+            given[key] = value
+        else:
+            files.append(_config_path(arg))
+            given |= _file_settings(files[-1], types)
+    return given, files
+
+
+@contextlib.contextmanager
+def bad_input_exits() -> Iterator[None]:
+    """Turn a ValueError or OSError, which a user's input caused, into one line on stderr and exit code 2."""
+    try:
+        yield
+    except BrokenPipeError:  # `python sample.py | head`: nobody reads on, and Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (ValueError, OSError) as err:
+        message = " ".join(str(err).split()) or type(err).__name__
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def help_text(cls: type) -> str:
+    """All keys of `cls` with type, default and meaning, under the first docstring sentence of their class."""
+    owners, meanings = {}, {}
+    for base in reversed(cls.__mro__[:-1]):
+        owners = dict.fromkeys(inspect.get_annotations(base), base) | owners
+        meanings |= {name: text for name, text in _comments(base).items() if text}
+    rows = [(f"--{f.name}={_type_name(f.type)}", _show_default(f), f.name) for f in dataclasses.fields(cls)]
+    width = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"usage: python {sys.argv[0]} [config/FILE.py ...] [--key=value ...]      later wins"]
+    heading = None
+    for key, default, name in rows:
+        if owners[name] is not heading:
+            heading = owners[name]
+            lines += ["", " ".join(heading.__doc__.split()).split(". ")[0]]
+        lines.append(f"  {key:{width[0]}}  {default:{width[1]}}  {meanings.get(name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def _command_line_setting(arg: str, types: dict[str, str]) -> tuple[str, Any]:
+    key, equals, text = arg.lstrip("-").partition("=")
+    _check_known(key, types, "on the command line")
+    if not equals and types[key] != "bool":
+        raise ValueError(f"--{key} has no value; write --{key}=VALUE with {_allowed(types[key])}")
+    with _naming(f"--{key}={text}", types[key]):
+        return key, _checked(_from_text(text if equals else "true", types[key]), types[key])
+
+
+def _config_path(arg: str) -> Path:
+    path = Path(arg)
+    if path.is_file() and path.suffix == ".py":
+        return path
+    if "=" in arg:
+        raise ValueError(f"{arg!r} is not a config file; a setting is written --{arg}")
+    if path.exists():
+        raise ValueError(f"{arg!r} is not a config file; give a .py file of plain assignments")
+    siblings = [str(sibling) for sibling in sorted(path.parent.glob("*.py"))]
+    raise ValueError(f"config file {arg!r} does not exist{_nearest(str(path), siblings)}")
+
+
+def _file_settings(path: Path, types: dict[str, str]) -> dict[str, Any]:
+    try:
+        names = runpy.run_path(str(path))
+    except (Exception, SystemExit) as err:
+        raise ValueError(f"config file {path} fails with {type(err).__name__}: {err}") from err
+    settings = {}
+    for key, value in names.items():
+        if key.startswith("_") or isinstance(value, ModuleType):
+            continue
+        _check_known(key, types, f"in {path}")
+        with _naming(f"{key} = {value!r} in {path}", types[key]):
+            settings[key] = _checked(value, types[key])
+    return settings
+
+
+def _from_text(text: str, kind: str) -> Any:
+    wanted = kind.removesuffix(" | None")
+    if kind != wanted and text in ("none", "None"):
+        return None
+    if wanted == "bool":
+        return {"true": True, "false": False}[text.lower()]
+    return {"int": int, "float": float, "str": str}[wanted](text)
+
+
+def _checked(value: Any, kind: str) -> Any:
+    wanted = kind.removesuffix(" | None")
+    if kind != wanted and value is None:
+        return None
+    if wanted == "float" and type(value) is int:
+        value = float(value)
+    if type(value).__name__ != wanted or (wanted == "float" and not math.isfinite(value)):
+        raise TypeError
+    return value
+
+
+@contextlib.contextmanager
+def _naming(setting: str, kind: str) -> Iterator[None]:
+    """Say of a conversion that fails inside which setting it was and what it may be."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise ValueError(f"{setting} is not allowed; give {_allowed(kind)}") from None
+
+
+def _check_known(key: str, known: Iterable[str], where: str) -> None:
+    if key not in known:
+        raise ValueError(f"unknown key {key!r} {where}{_nearest(key, known)}; --help lists all keys")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, known)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """Field name -> the comment on the line, or the lines, that declare it."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    nodes = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    lines = {node.target.id: range(node.lineno, node.end_lineno + 1) for node in nodes}
+    return {name: " ".join(texts[line] for line in lines[name] if line in texts) for name in lines}
+
+
+def _type_name(annotation: Any) -> str:
+    name = annotation.__name__ if type(annotation) is type else str(annotation)
+    assert name.removesuffix(" | None") in ALLOWED, f"a setting cannot have the type {name}"
+    return name
+
+
+def _allowed(kind: str) -> str:
+    return ALLOWED[kind.removesuffix(" | None")] + (" or none" if kind.endswith("None") else "")
+
+
+def _show_default(field: dataclasses.Field) -> str:
+    if field.default is dataclasses.MISSING:
+        return "(required)"
+    if field.default is None or isinstance(field.default, bool):
+        return str(field.default).lower()
+    return str(field.default) or "''"

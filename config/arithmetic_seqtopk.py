@@ -1,0 +1,4 @@
+# arithmetic_topk with the router changed, and nothing else.
+from config.arithmetic_topk import *
+
+router = "seqtopk"

@@ -1,0 +1,50 @@
+"""Where and in which number format to compute: the choices that `auto` stands for, each with its reason."""
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> tuple[torch.device, str]:
+    """The device of that name (auto: CUDA if there is any), and why. Raises ValueError if this machine lacks
+    it."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), torch.cuda.get_device_name()
+        return torch.device("cpu"), f"no CUDA GPU found; {torch.get_num_threads()} threads"
+    present = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
+    present += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in present:
+        raise ValueError(f"device is {name}, but this machine has {', '.join(present)} (or auto)")
+    return torch.device(name), "as asked"
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of that name (auto: what the device computes fast and safely), and why. Raises ValueError for
+    others."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"dtype is {name}, but must be auto, {', '.join(DTYPES)}")
+        return DTYPES[name], "as asked"
+    if device.type != "cuda":
+        return torch.float32, f"half precision pays on GPUs only, and this is {device.type}"
+    major, minor = torch.cuda.get_device_capability(
+        device
+    )  # is_bf16_supported() counts slow emulation as well
+    if major >= 8:
+        return torch.bfloat16, f"compute capability {major}.{minor} has bfloat16"
+    return torch.float16, f"compute capability {major}.{minor} lacks bfloat16"
+
+
+def pick_compile(name: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether to use torch.compile (auto: in bfloat16 on a GPU), and why. Raises ValueError for an unknown
+    name."""
+    if name not in ("auto", "true", "false"):
+        raise ValueError(f"compile is {name}, but must be auto, true or false")
+    if name != "auto":
+        return name == "true", "as asked"
+    if device.type != "cuda":
+        return False, "compiling takes longer than it saves on short CPU runs"
+    if dtype != torch.bfloat16:
+        return False, "grouped_mm compiles in bfloat16 only"
+    return True, "bfloat16 on a GPU"

@@ -1,0 +1,6 @@
+# The dense twin of small_topk: one MLP, as wide as the four experts that an average token gets there.
+from config.small_topk import *
+
+n_hidden = k * n_hidden
+n_expert = 1
+k = 1

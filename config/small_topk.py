@@ -1,0 +1,13 @@
+# Python source on one GPU, in minutes: 60M parameters, 12M of them active.
+dataset = "pysource"
+router = "topk"
+n_layer = 6
+n_head = 6
+n_embd = 384
+n_expert = 32
+k = 4
+n_hidden = 256
+block_size = 512
+batch_size = 64
+max_iters = 2400
+eval_interval = 200

@@ -1,0 +1,253 @@
+"""Datasets: files of token ids made by data/<name>/prepare.py, and the loader that cuts batches from them.
+
+A dataset is a folder with train.bin and val.bin (uint16 ids, every document followed by end-of-text) and
+meta.json (the tokenizer, sizes, where the text came from).
+"""
+
+import functools
+import importlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.tokenizer import MAX_VOCAB, Tokenizer, gpt2_tokenizer, pieces, train_bpe
+
+__all__ = [
+    "Dataset",
+    "Tokenizer",
+    "gpt2_tokenizer",
+    "load",
+    "train_batch",
+    "train_bpe",
+    "val_batches",
+    "write_dataset",
+]
+
+HOME = Path(__file__).parent
+PIECES_AT_ONCE = 256
+Document = str | np.ndarray | list[int]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`train` and `val`: (n,) uint16 memory maps of token ids; `meta`: what meta.json in `folder` says."""
+
+    train: np.ndarray
+    val: np.ndarray
+    tokenizer: Tokenizer
+    meta: dict
+    folder: Path
+
+
+def load(dataset: str) -> Dataset:
+    """Open a dataset by the path of its folder, or by a name in data/, which is prepared now if need be.
+
+    ValueError, one line: unknown, missing, truncated or empty dataset, or ids outside the vocabulary.
+    """
+    folder = _folder_of(dataset)
+    if _missing(folder) and folder.parent == HOME and (folder / "prepare.py").is_file():
+        importlib.import_module(f"data.{folder.name}.prepare").main([])
+    if missing := _missing(folder):
+        raise ValueError(f"{folder} has no {missing}; {_remedy(folder)}")
+    meta = _read_meta(folder)
+    tokenizer = Tokenizer(meta["tokenizer"])
+    for name, size in meta["files"].items():
+        if (found := (folder / name).stat().st_size) != size:
+            raise ValueError(f"{folder / name} has {found} bytes and not {size}; {_remedy(folder)}")
+    train, val = (_open_tokens(folder / f"{split}.bin", tokenizer.vocab_size) for split in ("train", "val"))
+    return Dataset(train, val, tokenizer, meta, folder)
+
+
+def train_batch(
+    tokens: np.ndarray, step: int, batch_size: int, block_size: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs x and targets y, (batch_size, block_size) int64, of training step `step` (0, 1, ...).
+
+    A pure function of its arguments: resuming needs only the step, and nothing else can shift the data. An
+    epoch visits the windows of one tiling of `tokens` once each, in random order; each epoch has its own
+    tiling (random first token) and order. A batch may straddle epochs. ValueError: fewer tokens than one
+    window.
+    """
+    per_epoch = _windows_per_epoch(len(tokens), block_size)
+    samples = range(step * batch_size, (step + 1) * batch_size)
+    starts = [_epoch_starts(len(tokens), block_size, seed, n // per_epoch)[n % per_epoch] for n in samples]
+    return _windows(tokens, starts, block_size)
+
+
+def val_batches(
+    tokens: np.ndarray, block_size: int, batch_size: int, n_windows: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same `n_windows` windows each time, never overlapping, spread evenly over `tokens`; all if fewer.
+
+    Returns (x, y) pairs, (batch_size, block_size) int64; the last may have fewer rows. ValueError: fewer
+    tokens than one window.
+    """
+    available = _whole_windows(len(tokens), block_size)
+    count = min(n_windows, available)
+    starts = [i * available // count * block_size for i in range(count)]
+    return [_windows(tokens, starts[i : i + batch_size], block_size) for i in range(0, count, batch_size)]
+
+
+def write_dataset(
+    folder: Path | str,
+    train_docs: Iterable[Document],
+    val_docs: Iterable[Document],
+    tokenizer: Tokenizer,
+    source_sha256: str,
+    files: dict[str, str] | None = None,
+    **meta,
+) -> dict:
+    """Write a dataset and return what its meta.json says. Documents are texts or token ids (1-D).
+
+    `files`: name -> text of further files that belong to the dataset; `meta`: further entries of meta.json.
+    Everything is written beside the old dataset first: if that fails, the old one stays whole.
+    ValueError: an id or a character that the tokenizer lacks, an empty split, more than 65,536 tokens.
+    """
+    if tokenizer.vocab_size > MAX_VOCAB:
+        raise ValueError(
+            f"the vocabulary has {tokenizer.vocab_size} tokens; at most {MAX_VOCAB} can be stored"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"vocab_size": tokenizer.vocab_size, "source_sha256": source_sha256, **meta}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
+        new = Path(temporary)
+        for split, docs in (("train", train_docs), ("val", val_docs)):
+            about[split] = _write_tokens(new / f"{split}.bin", docs, tokenizer)
+        for name, text in (files or {}).items():
+            (new / name).write_text(text, encoding="utf-8", newline="\n")
+        about["files"] = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
+        about["tokenizer"] = tokenizer.meta
+        (new / "meta.json").write_text(json.dumps(about), encoding="utf-8")
+        _move_in(new, folder, [*about["files"], "meta.json"])
+    return about
+
+
+def _folder_of(dataset: str) -> Path:
+    names = sorted(path.parent.name for path in HOME.glob("*/prepare.py"))
+    if dataset in names:
+        return HOME / dataset
+    if Path(dataset).is_dir():
+        return Path(dataset).resolve()
+    raise ValueError(f"unknown dataset {dataset!r}; give {', '.join(names)}, or a folder with a meta.json")
+
+
+def _missing(folder: Path) -> str | None:
+    if not (folder / "meta.json").is_file():
+        return "meta.json"
+    return next((name for name in _read_meta(folder)["files"] if not (folder / name).is_file()), None)
+
+
+def _read_meta(folder: Path) -> dict:
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if {"train.bin", "val.bin"} <= meta["files"].keys() and "tokenizer" in meta:
+            return meta
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise ValueError(f"{folder / 'meta.json'} is not the meta.json of a dataset; {_remedy(folder)}")
+
+
+def _remedy(folder: Path) -> str:
+    known = folder.parent == HOME and (folder / "prepare.py").is_file()
+    return f"make it again: python data/{folder.name}/prepare.py" if known else "prepare it again"
+
+
+def _open_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; {_remedy(path.parent)}")
+    tokens = np.memmap(path, dtype="<u2", mode="r")
+    if (largest := int(tokens.max())) >= vocab_size:
+        raise ValueError(f"{path} holds token id {largest}; its tokenizer has ids 0..{vocab_size - 1} only")
+    return tokens
+
+
+def _whole_windows(n_tokens: int, block_size: int) -> int:
+    """Windows of block_size inputs that fit, each with one more token as the last target."""
+    if n_tokens < block_size + 1:
+        raise ValueError(
+            f"{n_tokens} tokens are fewer than one window of block_size + 1 = {block_size + 1}; "
+            "use a smaller block_size or more text"
+        )
+    return (n_tokens - 1) // block_size
+
+
+def _windows_per_epoch(n_tokens: int, block_size: int) -> int:
+    """One less than fit, so that every random offset has room for the same number of windows."""
+    return max(1, _whole_windows(n_tokens, block_size) - 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
+    count = _windows_per_epoch(n_tokens, block_size)
+    rng = np.random.default_rng([seed, epoch])
+    offset = rng.integers(min(block_size, n_tokens - count * block_size))
+    return offset + block_size * rng.permutation(count)
+
+
+def _windows(tokens: np.ndarray, starts: list[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
+    rows = torch.from_numpy(rows)  # (B, T+1)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def _write_tokens(path: Path, docs: Iterable[Document], tokenizer: Tokenizer) -> dict[str, int]:
+    counts = {"documents": 0, "tokens": 0, "bytes": 0}
+    total = sum(map(len, docs)) if isinstance(docs, list) else None
+    with (
+        open(path, "wb") as file,
+        tqdm(desc=path.stem, total=total, unit="", unit_scale=True, disable=None) as bar,
+    ):
+        for length, ids in _encoded(docs, tokenizer):
+            file.write(ids.astype("<u2").tobytes())
+            counts["documents"] += length is None
+            counts["tokens"] += len(ids)
+            counts["bytes"] += int(tokenizer.token_bytes[ids].sum())
+            bar.update(length or 0)
+    if counts["tokens"] == counts["documents"]:
+        raise ValueError(f"the {path.stem} split would be empty")
+    return counts
+
+
+def _encoded(docs: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[int | None, np.ndarray]]:
+    """(length, ids) of the pieces of all documents in order; length None marks the end of a document."""
+    parts = _parts(docs)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(itertools.islice(parts, PIECES_AT_ONCE)):
+            lengths = [None if part is None else len(part) for part in batch]
+            yield from zip(lengths, pool.map(functools.partial(_ids, tokenizer), batch), strict=True)
+
+
+def _parts(docs: Iterable[Document]) -> Iterator[Document | None]:
+    for doc in docs:
+        yield from pieces(doc) if isinstance(doc, str) else [doc]
+        yield None
+
+
+def _ids(tokenizer: Tokenizer, part: Document | None) -> np.ndarray:
+    if part is None:
+        return np.array([tokenizer.eot])
+    if isinstance(part, str):
+        return tokenizer.encode_array(part)
+    ids = np.asarray(part, np.int64)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        raise ValueError(
+            f"a document holds ids {ids.min()}..{ids.max()}; allowed are 0..{tokenizer.vocab_size - 1}"
+        )
+    return ids
+
+
+def _move_in(new: Path, folder: Path, names: list[str]) -> None:
+    """Without meta.json a folder is no dataset: interrupted halfway, old and new files cannot mix."""
+    (folder / "meta.json").unlink(missing_ok=True)
+    for name in names:
+        os.replace(new / name, folder / name)

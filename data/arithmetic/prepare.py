@@ -1,0 +1,119 @@
+"""Generated word problems with worked steps and a final answer, like GSM8K. Needs no network; seconds.
+
+    python data/arithmetic/prepare.py
+
+    Question: Tom has 12 marbles. Ida gives Tom 7 marbles. How many marbles does Tom have now?
+    Answer: Now Tom has 12 + 7 = 19 marbles.
+    #### 19
+
+The level of a problem is its number of steps, 1 to 5. Which tokens are hard is known: words come from
+templates, operands are copied from the question or from the step before, the digits after "=" must be
+computed. No problem of test.jsonl is in the training or validation text (compared by words and numbers). Its
+sums are: 12 + 7 = 19 occurs in many stories, so the test is of reading and of chains of steps, not of unseen
+sums. Every digit is a token, and the vocabulary has only the characters that occur.
+"""
+
+import json
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from config import bad_input_exits, parse
+from data import train_bpe, write_dataset
+from data.arithmetic.problems import LEVELS, make_problem
+from data.source import digest, print_summary
+
+FOLDER = Path(__file__).parent
+VOCAB_SIZE = 512
+SPLIT = r" ?\p{L}+|\p{N}|\n| ?[^\s\p{L}\p{N}]+|\s"  # a digit is a token; so is the space before a number
+TEST_PER_LEVEL = 300
+VAL_FRACTION = 0.02
+FINAL_ANSWER = re.compile(r"####[ \t]*(-?[0-9][0-9,]*)(?!\.?[0-9])")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of data/arithmetic/prepare.py"""
+
+    n_problems: int = (
+        16_000  # problems for training and validation, equally many of each level; 1,000 are 0.25 MB
+    )
+    seed: int = 1  # another seed makes other problems
+
+
+def main(argv: list[str]) -> None:
+    """Write the dataset arithmetic and its test.jsonl. ValueError: options out of range."""
+    options = Options(**parse(argv, Options)[0])
+    if not 100 <= options.n_problems <= 1_000_000 or options.seed < 0:
+        raise ValueError(f"{options}; allowed are 100..1,000,000 problems and a seed of at least 0")
+    start = time.time()
+    train, val, test = make_splits(options.n_problems, options.seed)
+    train_docs, val_docs = [[document(problem) for problem in split] for split in (train, val)]
+    tokenizer = train_bpe(train_docs + val_docs, VOCAB_SIZE, "arithmetic", SPLIT, only_seen_bytes=True)
+    lines = "".join(json.dumps(problem) + "\n" for problem in test)
+    sha256 = digest([("train", "".join(train_docs)), ("val", "".join(val_docs)), ("test", lines)])
+    meta = write_dataset(
+        FOLDER, train_docs, val_docs, tokenizer, sha256, {"test.jsonl": lines}, seed=options.seed
+    )
+    print_summary(FOLDER, meta, time.time() - start)
+    print(f"  test   {len(test):>9,} problems in test.jsonl")
+
+
+def make_splits(n_problems: int, seed: int) -> tuple[list[dict], list[dict], list[dict]]:
+    """Problems for training, validation and testing, no two alike; the test set depends on the seed only.
+
+    Each is a dictionary with "question", "answer", "level" (number of steps) and "result" (int).
+    """
+    seen = set()
+    test = _distinct(TEST_PER_LEVEL * len(LEVELS), f"test {seed}", seen)
+    n_val = max(len(LEVELS), round(VAL_FRACTION * n_problems))
+    rest = _distinct(n_problems, f"train {seed}", seen)
+    train, val = rest[n_val:], rest[:n_val]
+    held_out = {normalized(problem["question"]) for problem in test}
+    assert not any(normalized(problem["question"]) in held_out for problem in rest), (
+        "a test problem is in training"
+    )
+    return train, val, test
+
+
+def document(problem: dict) -> str:
+    """The text a model is trained on."""
+    return f"{prompt_of(problem['question'])} {problem['answer']}\n"
+
+
+def prompt_of(question: str) -> str:
+    """The text a model is to continue: up to and including "Answer:"."""
+    return f"Question: {question}\nAnswer:"
+
+
+def is_correct(generated: str, result: int) -> bool:
+    """Whether the first "#### <integer>" in `generated` is `result`; commas in the integer are allowed."""
+    match = FINAL_ANSWER.search(generated)
+    return match is not None and int(match[1].replace(",", "")) == result
+
+
+def normalized(question: str) -> str:
+    """The words and numbers alone: problems that agree in this are the same problem."""
+    return " ".join(re.findall(r"\w+", question.lower()))
+
+
+def _distinct(count: int, seed: str, seen: set[str]) -> list[dict]:
+    """`count` problems, cycling through the levels, whose normalized questions are new to `seen`."""
+    rng = random.Random(seed)
+    problems = []
+    while len(problems) < count:
+        problem = make_problem(rng, LEVELS[len(problems) % len(LEVELS)])
+        key = normalized(problem["question"])
+        if key not in seen:
+            seen.add(key)
+            problems.append(problem)
+    return problems
+
+
+if __name__ == "__main__":
+    with bad_input_exits():
+        main(sys.argv[1:])

@@ -1,0 +1,118 @@
+"""Any text of yours: one file, or a folder with everything in it that is UTF-8 text.
+
+    python data/textfile/prepare.py --source=PATH
+    python data/textfile/prepare.py --source=PATH --tokenizer=data/pysource/meta.json --out_dir=data/mine
+
+To fine-tune a checkpoint on new text give it the tokenizer of the checkpoint's dataset, as in the second
+line. A file is one document; its last lines are for validation. In a folder every file is a document, read in
+sorted order (names that begin with a dot are skipped, and so are binary files), and files are drawn for
+validation by their names.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from config import bad_input_exits, parse
+from data import write_dataset
+from data.source import digest, name_hash, print_summary, read_text
+from data.tokenizer import choose_tokenizer
+
+FOLDER = Path(__file__).parent
+MIN_CHARS = 1_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of data/textfile/prepare.py"""
+
+    source: str | None = None  # the file or folder to read (required)
+    tokenizer: str = "bpe"  # bpe (trained on the text), gpt2, or the meta.json of another dataset
+    vocab_size: int = 4096  # tokens of the trained bpe; 1024 is plenty for 1 MB
+    val_fraction: float = 0.1  # share of the text kept for validation
+    out_dir: str | None = None  # folder of the dataset; none: data/textfile
+
+
+def main(argv: list[str]) -> None:
+    """Write a dataset from --source. ValueError: nothing there, not text, too small, options out of range."""
+    options = Options(**parse(argv, Options)[0])
+    if not 0 < options.val_fraction < 1:
+        raise ValueError(f"--val_fraction={options.val_fraction}; allowed is anything between 0 and 1")
+    start = time.time()
+    out_dir = Path(options.out_dir) if options.out_dir else FOLDER
+    files = read_source(options.source, out_dir)
+    n_chars = sum(map(len, files.values()))
+    if n_chars < MIN_CHARS:
+        raise ValueError(
+            f"--source={options.source} holds {n_chars} characters of text; give at least {MIN_CHARS:,}"
+        )
+    train, val = split(files, options.val_fraction)
+    tokenizer = choose_tokenizer(options.tokenizer, train, options.vocab_size, out_dir.name)
+    meta = write_dataset(out_dir, train, val, tokenizer, digest(files.items()))
+    print_summary(out_dir, meta, time.time() - start)
+
+
+def read_source(source: str | None, out_dir: Path) -> dict[str, str]:
+    """Name -> text of the file, or of all text files in the folder except those of the dataset itself."""
+    if source is None:
+        raise ValueError("say what to read: python data/textfile/prepare.py --source=FILE_OR_FOLDER")
+    path = Path(source)
+    if path.is_file():
+        return {path.name: read_text(path)}
+    if not path.is_dir():
+        raise ValueError(f"--source={source} does not exist")
+    names = sorted(name for name in walk(path) if out_dir.resolve() not in (path / name).resolve().parents)
+    texts = {name: text_or_none(path / name) for name in tqdm(names, "reading", unit=" files", disable=None)}
+    files = {name: text for name, text in texts.items() if text and text.strip()}
+    print(f"{len(files)} text files; {len(names) - len(files)} others were skipped")
+    return files
+
+
+def walk(folder: Path) -> Iterator[str]:
+    """Paths relative to `folder`, with forward slashes, without hidden ones."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                yield Path(parent, name).relative_to(folder).as_posix()
+
+
+def text_or_none(path: Path) -> str | None:
+    """The text of a file, None if it is not text or cannot be read."""
+    try:
+        return read_text(path)
+    except (ValueError, OSError):
+        return None
+
+
+def split(files: dict[str, str], val_fraction: float) -> tuple[list[str], list[str]]:
+    """Documents for training and validation; both get at least one, and no giant goes to validation."""
+    if len(files) == 1:
+        [text] = files.values()
+        cut = nearest_line_start(text, int((1 - val_fraction) * len(text)))
+        return [text[:cut]], [text[cut:]]
+    wanted, taken, val = val_fraction * sum(map(len, files.values())), 0, set()
+    for name in sorted(files, key=name_hash):
+        if taken + len(files[name]) <= wanted:
+            val.add(name)
+            taken += len(files[name])
+    val = val or {min(files, key=lambda name: len(files[name]))}
+    return [files[name] for name in files if name not in val], [files[name] for name in files if name in val]
+
+
+def nearest_line_start(text: str, at: int) -> int:
+    """The start of a line that is nearest to position `at`; `at` itself if the lines there are very long."""
+    starts = [text.rfind("\n", 0, at) + 1, text.find("\n", at) + 1 or len(text)]
+    cut = min(starts, key=lambda start: abs(start - at))
+    return cut if 0 < cut < len(text) and abs(cut - at) < len(text) // 20 else at
+
+
+if __name__ == "__main__":
+    with bad_input_exits():
+        main(sys.argv[1:])

@@ -1,0 +1,193 @@
+"""Byte-level BPE tokenizers: trained by rustbpe or taken from GPT-2, always run by tiktoken.
+
+A tokenizer is fully described by a JSON-able dictionary, `Tokenizer.meta`, which travels inside meta.json of
+a dataset and inside checkpoints, so that nothing later needs the network or the text it was trained on.
+"""
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+N_BYTES = 256
+MAX_VOCAB = 2**16  # ids are stored as uint16
+PIECE_CHARS = 100_000
+SAMPLE_CHARS = 10_000_000
+# GPT-4's split, except that numbers are cut into at most two digits: one thousand tokens for all three-digit
+# numbers would be a quarter of a vocabulary of 4,096.
+SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `meta`: kind, name, pattern (regex that splits text before merging), ranks (every ordinary token's bytes
+    as base64, in the order of ids, which is the order of merges), special ({"<|endoftext|>": id}). ValueError
+    if `meta` is not such a dictionary.
+    """
+
+    def __init__(self, meta: dict):
+        try:
+            ranks = {base64.b64decode(token): rank for rank, token in enumerate(meta["ranks"])}
+            self.meta, self.name, self.eot = meta, meta["name"], meta["special"][END_OF_TEXT]
+            self._encoding = tiktoken.Encoding(
+                self.name, pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special"]
+            )
+        except (KeyError, TypeError, ValueError) as err:
+            raise ValueError(
+                f"this is not the description of a tokenizer: {type(err).__name__} {err}"
+            ) from err
+        self.vocab_size = len(ranks) + len(meta["special"])
+        self._known_bytes = frozenset(token[0] for token in ranks if len(token) == 1)
+        self._ranks = ranks
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; "<|endoftext|>" inside it is ordinary text. ValueError names unknown characters."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """As `encode`, as an array (n,) uint32. Other threads can run meanwhile."""
+        self._check_characters(text)
+        encode = functools.partial(self._encoding.encode_to_numpy, disallowed_special=())
+        arrays = [encode(piece) for piece in pieces(text)]
+        return np.concatenate(arrays) if arrays else np.empty(0, np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; bytes that are not UTF-8 become the replacement character."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of the ids, end-of-text written out. ValueError names an id outside the vocabulary."""
+        ids = [int(i) for i in ids]
+        foreign = [i for i in ids if not 0 <= i < self.vocab_size]
+        if foreign:
+            raise ValueError(
+                f"token id {foreign[0]} is not in the vocabulary: allowed are 0..{self.vocab_size - 1}"
+            )
+        return self._encoding.decode_bytes(ids)
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: bytes of text each token stands for, 0 for end-of-text."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token, rank in self._ranks.items():
+            lengths[rank] = len(token)
+        return lengths
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the canonical JSON of `meta`: equal only for tokenizers that are the same."""
+        return hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode()).hexdigest()
+
+    def _check_characters(self, text: str) -> None:
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as err:
+            raise ValueError(f"{text[err.start]!r} is half of a surrogate pair, not a character") from None
+        if len(self._known_bytes) == N_BYTES or self._known_bytes.issuperset(data):
+            return
+        lacking = sorted({char for char in text if not self._known_bytes.issuperset(char.encode())})
+        raise ValueError(f"the tokenizer {self.name!r} has no token for {', '.join(map(repr, lacking[:10]))}")
+
+
+def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
+    """Cut `text` into pieces of at most `size` characters, if possible where the cut changes no token.
+
+    That is after a newline between two visible characters. Pieces let threads share one document, and keep a
+    run of a million spaces from overflowing the stack of tiktoken's regex engine.
+    """
+    start = 0
+    while len(text) - start > size:
+        cut = _last_lone_newline(text, start, start + size) or start + size
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def _last_lone_newline(text: str, start: int, end: int) -> int | None:
+    at = text.rfind("\n", start + 1, end)
+    while at > 0:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at + 1
+        at = text.rfind("\n", start + 1, at)
+    return None
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, name: str, pattern: str = SPLIT, only_seen_bytes: bool = False
+) -> Tokenizer:
+    """Train a BPE of `vocab_size` tokens, end-of-text included; fewer if there are too few pairs to merge.
+
+    `only_seen_bytes` drops the single bytes that never occur, so that the vocabulary has no token that cannot
+    be learned; such a tokenizer refuses text with other characters. ValueError: vocab_size outside
+    257..65536.
+    """
+    if not N_BYTES < vocab_size <= MAX_VOCAB:
+        raise ValueError(f"vocab_size is {vocab_size}; allowed are {N_BYTES + 1}..{MAX_VOCAB}")
+    texts = [piece for text in texts for piece in pieces(text)]
+    seen = set().union(*(text.encode() for text in texts)) if only_seen_bytes else set(range(N_BYTES))
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size=vocab_size - 1 + N_BYTES - len(seen), pattern=pattern)
+    merged = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    tokens = [bytes(token) for token, _ in merged]
+    tokens = [token for token in tokens if len(token) > 1 or token[0] in seen]
+    return Tokenizer(_meta("bpe", name, pattern, tokens, {END_OF_TEXT: len(tokens)}))
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's BPE (50,257 tokens) from tiktoken: cached, or downloaded. ValueError if it cannot be had."""
+    from tiktoken_ext import openai_public
+
+    try:
+        parts = openai_public.gpt2()
+    except Exception as err:  # whatever the network or the cache raises
+        raise ValueError(
+            f"GPT-2's tokenizer could not be downloaded ({type(err).__name__}); "
+            "train one on the text instead with --tokenizer=bpe, or set TIKTOKEN_CACHE_DIR to a copy"
+        ) from err
+    tokens = sorted(parts["mergeable_ranks"], key=parts["mergeable_ranks"].get)
+    return Tokenizer(_meta("gpt2", "gpt2", parts["pat_str"], tokens, parts["special_tokens"]))
+
+
+def choose_tokenizer(choice: str, texts: Sequence[str], vocab_size: int, name: str) -> Tokenizer:
+    """The tokenizer a user asked for with --tokenizer.
+
+    "bpe" trains one of `vocab_size` tokens on a sample of `texts`, "gpt2" is GPT-2's, anything else is the
+    path of a dataset's meta.json, or of its folder, whose tokenizer is used again. ValueError: no such file,
+    foreign file.
+    """
+    if choice == "bpe":
+        return train_bpe(sample(texts), vocab_size, name)
+    if choice == "gpt2":
+        return gpt2_tokenizer()
+    path = Path(choice)
+    path = path / "meta.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"--tokenizer={choice} is neither bpe nor gpt2 nor the meta.json of a dataset")
+    try:
+        return Tokenizer(json.loads(path.read_text(encoding="utf-8"))["tokenizer"])
+    except (KeyError, TypeError, ValueError) as err:
+        raise ValueError(f"{path} holds no tokenizer; give the meta.json of a prepared dataset") from err
+
+
+def sample(texts: Iterable[str], max_chars: int = SAMPLE_CHARS) -> list[str]:
+    """About `max_chars` characters of `texts`, in pieces spread evenly over all of them."""
+    parts = [piece for text in texts for piece in pieces(text)]
+    every = max(1, -(-sum(map(len, parts)) // max_chars))
+    return parts[::every]
+
+
+def _meta(kind: str, name: str, pattern: str, tokens: list[bytes], special: dict[str, int]) -> dict:
+    ranks = [base64.b64encode(token).decode() for token in tokens]
+    return {"kind": kind, "name": name, "pattern": pattern, "ranks": ranks, "special": dict(special)}

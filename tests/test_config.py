@@ -1,0 +1,282 @@
+"""Settings: what is given wins, what is wrong is one line, and --help is the dataclass itself."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from config import bad_input_exits, help_text, parse
+
+ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of the thing."""
+
+    n_layer: int = 4  # layers, from the bottom up
+    max_experts: int | None = None  # none = k + 2
+
+
+@dataclass(frozen=True)
+class Settings(Shape):
+    """Settings of a test."""
+
+    learning_rate: float = 3e-4  # step size
+    grad_clip: float | None = 1.0  # none = no clipping
+    flash: bool = False  # a switch
+    out_dir: str = ""  # a text with a '#' in it: # stays
+    resume: str | None = (  # a run to
+        None  # go on with
+    )
+
+
+def given(*argv):
+    return parse([str(arg) for arg in argv], Settings)[0]
+
+
+def message(*argv):
+    with pytest.raises(ValueError) as err:
+        given(*argv)
+    assert "\n" not in str(err.value)
+    return str(err.value)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text, name="a.py"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("n_layer=1_000", 1000),
+        ("n_layer=-3", -3),
+        ("max_experts=none", None),
+        ("max_experts=5", 5),
+        ("learning_rate=1e-3", 1e-3),
+        ("learning_rate=1e3", 1e3),
+        ("learning_rate=2", 2.0),
+        ("grad_clip=None", None),
+        ("flash=TRUE", True),
+        ("flash=false", False),
+        ("out_dir=a b=c#1", "a b=c#1"),
+        ("out_dir=", ""),
+        ("out_dir=none", "none"),
+        ("resume=none", None),
+    ],
+)
+def test_text_becomes_the_type_of_its_field(text, value):
+    """A value on the command line arrives with the type of its field; text is kept as it stands."""
+    key = text.partition("=")[0]
+    assert given(f"--{text}") == {key: value}
+    assert type(given(f"--{text}")[key]) is type(value)
+
+
+def test_bare_flag_is_true_for_bool_only():
+    """--flash means --flash=true; any other key without a value is an error that shows how to write it."""
+    assert given("--flash") == {"flash": True}
+    assert "--n_layer=VALUE" in message("--n_layer", "8")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n_layer=4.0",
+        "n_layer=1e3",
+        "n_layer=",
+        "n_layer=none",
+        "learning_rate=fast",
+        "learning_rate=nan",
+        "learning_rate=inf",
+        "flash=1",
+        "flash=yes",
+        "flash=",
+        "max_experts=2.5",
+    ],
+)
+def test_wrong_type_on_the_command_line(text):
+    """A value of the wrong type is refused with the setting as it was written and what is allowed."""
+    assert f"--{text} is not allowed; give " in message(f"--{text}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "n_layer = 4.0",
+        "n_layer = '4'",
+        "n_layer = True",
+        "n_layer = None",
+        "learning_rate = '1e-3'",
+        "flash = 1",
+        "learning_rate = float('nan')",
+        "learning_rate = 10**400",
+        "out_dir = 3",
+        "out_dir = None",
+        "resume = []",
+    ],
+)
+def test_wrong_type_in_a_file(config, line):
+    """A config file is as strict as the command line, and the error names the file and the key."""
+    said = message(config(line))
+    assert "a.py is not allowed; give " in said and line.partition(" ")[0] in said
+
+
+def test_file_values_take_the_types_of_their_fields(config):
+    """An int stands for a float, None for none; modules and names with an underscore are not settings."""
+    path = config(
+        "import math\n_half = 0.5\nlearning_rate = 1\ngrad_clip = None\nmax_experts = math.floor(_half) + 3"
+    )
+    values, files = parse([str(path)], Settings)
+    assert values == {"learning_rate": 1.0, "grad_clip": None, "max_experts": 3}
+    assert type(values["learning_rate"]) is float and files == [path]
+
+
+def test_only_given_keys_are_returned():
+    """Without arguments nothing is given, so a script can tell a default from a choice."""
+    assert parse([], Settings) == ({}, [])
+
+
+def test_later_wins(config):
+    """Files and keys apply in the order of the command line, whichever kind they are."""
+    a, b = config("n_layer = 1\nflash = True"), config("n_layer = 2", "b.py")
+    assert given(a, b) == {"n_layer": 2, "flash": True}
+    assert given(b, a)["n_layer"] == 1
+    assert given(a, "--n_layer=3", "--n_layer=4")["n_layer"] == 4
+    assert given("--n_layer=3", a)["n_layer"] == 1
+
+
+def test_a_file_can_build_on_another(config, tmp_path, monkeypatch):
+    """`from x import *` in a config file layers it on x: what it does not mention comes from x."""
+    monkeypatch.syspath_prepend(tmp_path)
+    config("n_layer = 1\nlearning_rate = 0.1", "layer_base.py")
+    assert given(config("from layer_base import *\nn_layer = 2")) == {"n_layer": 2, "learning_rate": 0.1}
+
+
+def test_unknown_key_names_the_nearest(config):
+    """A typo, in a file or on the command line, is refused with the keys that it resembles."""
+    assert "unknown key 'n_layers' on the command line; did you mean n_layer?" in message("--n_layers=2")
+    assert "did you mean learning_rate?" in message("--learning-rate=2")
+    said = message(config("n_lyer = 2"))
+    assert "unknown key 'n_lyer' in " in said and "a.py; did you mean n_layer?" in said
+    assert "did you mean" not in message("--zzz=1")
+    assert "--help" in message("--zzz=1")
+
+
+def test_config_file_that_is_not_there(config, tmp_path):
+    """A missing config file is refused with its nearest neighbours; a forgotten -- is recognised."""
+    config("", "tiny_topk.py")
+    assert "does not exist; did you mean" in message(tmp_path / "tiny_topk2.py")
+    assert "does not exist" in message(tmp_path / "nowhere" / "x.py")
+    assert "a setting is written --n_layer=2" in message("n_layer=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("n_layer = = 2", "SyntaxError"),
+        ("n_layer = 1 +\n", "SyntaxError"),
+        ("n_layer = two", "NameError: name 'two' is not defined"),
+        ("raise RuntimeError('one\\ntwo')", "RuntimeError"),
+        ("exit(3)", "SystemExit"),
+        ("n_layer = 1\0", "SyntaxError"),
+    ],
+)
+def test_config_file_that_fails(config, text, what):
+    """A config file that cannot be run is one line naming the file and the Python error."""
+    with pytest.raises(ValueError, match=r"config file .*a\.py fails with " + what):
+        given(config(text))
+
+
+def test_config_file_of_another_kind(config, tmp_path):
+    """A folder, or a file that is no .py, is not run."""
+    assert "not a config file" in message(tmp_path)
+    assert "not a config file" in message(config("n_layer = 2", "log.jsonl"))
+
+
+def test_help_shows_every_key(capsys):
+    """--help prints each key with type, default and the comment beside its field, by class, and exits 0."""
+    with pytest.raises(SystemExit) as stop:
+        parse(["--n_layer=2", "--help"], Settings)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert stop.value.code == 0
+    assert "--n_layer=int 4 layers, from the bottom up".split() in lines
+    assert "--max_experts=int | None none none = k + 2".split() in lines
+    assert "--learning_rate=float 0.0003 step size".split() in lines
+    assert "--flash=bool false a switch".split() in lines
+    assert "--out_dir=str '' a text with a '#' in it: # stays".split() in lines
+    assert lines.index("Shape of the thing.".split()) < lines.index("Settings of a test.".split())
+    assert "--resume=str | None none a run to go on with".split() in lines
+    assert sum(line[:1] != [] and line[0].startswith("--") for line in lines) == 7
+
+
+def test_help_of_a_redeclared_field():
+    """A class that changes the default of an inherited key shows the new default, once, with a meaning."""
+
+    @dataclass(frozen=True)
+    class Deep(Settings):
+        """Deeper."""
+
+        n_layer: int = 40
+
+    rows = [line.split() for line in help_text(Deep).splitlines() if "--n_layer" in line]
+    assert rows == ["--n_layer=int 40 layers, from the bottom up".split()]
+
+
+@pytest.mark.parametrize(
+    "err", [ValueError("k = 9\nis too large"), FileNotFoundError(2, "No such file", "x.pt")]
+)
+def test_bad_input_exits_with_one_line(capsys, err):
+    """What a user did wrong is one line on stderr, nothing on stdout, and exit code 2."""
+    with pytest.raises(SystemExit) as stop, bad_input_exits():
+        raise err
+    out, said = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert said.startswith("error: ") and said.count("\n") == 1 and said.endswith("\n")
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, AssertionError])
+def test_bad_input_exits_hides_no_bug(kind):
+    """Ctrl-C and errors that only a bug can cause pass through."""
+    with pytest.raises(kind), bad_input_exits():
+        raise kind("no")
+
+
+def test_a_script_ends_with_code_2_and_no_traceback(tmp_path):
+    """Seen from a shell: exit code 2 and exactly one line."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom dataclasses import dataclass\nfrom config import bad_input_exits, parse\n"
+        "@dataclass(frozen=True)\nclass Options:\n    steps: int = 1  # how many\n"
+        "with bad_input_exits():\n    print(parse(sys.argv[1:], Options))\n"
+    )
+    run = subprocess.run([sys.executable, script, "--step=2"], capture_output=True, text=True, env=ENV)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert (
+        run.stderr
+        == "error: unknown key 'step' on the command line; did you mean steps?; --help lists all keys\n"
+    )
+    run = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, env=ENV)
+    assert run.returncode == 0 and "--steps=int  1  how many" in run.stdout
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    """When the reader of stdout goes away (`| head -1`) the script ends without a word."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from config import bad_input_exits\n"
+        "with bad_input_exits():\n    while True:\n        print('line', flush=True)\n"
+    )
+    run = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV)
+    assert run.stdout.readline() == b"line\n"
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait() == 1
+    run.stderr.close()

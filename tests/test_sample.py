@@ -1,0 +1,326 @@
+"""sample.py: what it prints is what the model generated, however it is asked, and bad input is one line."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sample
+from config import bad_input_exits, help_text
+from data import train_bpe
+from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+PROMPT = "def f(x):\n    return x"
+SHAPE = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_expert": 8, "k": 2, "n_hidden": 8}
+
+
+def write_run(folder, *names, tokenizer, **changes):
+    """A run of random weights, larger than at the start of training, so that routing and text vary."""
+    torch.manual_seed(0)
+    model = MoEGPT(MoEConfig(vocab_size=tokenizer.vocab_size, **SHAPE | changes))
+    for parameter in model.parameters():
+        parameter.data *= 5
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        save_checkpoint(folder / name, model, tokenizer=tokenizer.meta, step=7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe([PROMPT * 3, "for i in range(9):\n    print(i)\n" * 3], 280, "tiny")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    return write_run(tmp_path_factory.mktemp("run"), "best.pt", "last.pt", tokenizer=tokenizer)
+
+
+@pytest.fixture
+def say(capfd, run):
+    """Run sample.py with these arguments; returns what it printed."""
+
+    def say(*argv, out_dir=run):
+        capfd.readouterr()
+        sample.main([f"--out_dir={out_dir}", "--max_new_tokens=12", *argv])
+        return capfd.readouterr().out
+
+    return say
+
+
+@pytest.fixture
+def fails(capfd, run):
+    """Run sample.py with these arguments; returns its one line of error."""
+
+    def fails(*argv, out_dir=run):
+        with pytest.raises(SystemExit) as stop, bad_input_exits():
+            sample.main([f"--out_dir={out_dir}", "--prompt=def", "--max_new_tokens=2", *argv])
+        err = capfd.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and err[-1] == "\n"
+        return err
+
+    return fails
+
+
+@pytest.fixture
+def stdin():
+    """Make the text of a file the standard input of this process."""
+    saved = os.dup(0)
+
+    def feed(path):
+        file = os.open(path, os.O_RDONLY)
+        os.dup2(file, 0)
+        os.close(file)
+
+    yield feed
+    os.dup2(saved, 0)
+    os.close(saved)
+
+
+def body(out):
+    """The text of a single sample: between the blank line after the header and the one before the summary."""
+    return out.split("\n\n", 1)[1].rsplit("\n\n", 1)[0]
+
+
+def test_prints_what_the_model_generated(say, run, tokenizer):
+    """The text is the prompt and the tokens of MoEGPT.generate with the same seed and options."""
+    out = say(f"--prompt={PROMPT}", "--temperature=0.9", "--top_k=50", "--top_p=0.9", "--seed=3")
+    model = MoEGPT.from_checkpoint(load_checkpoint(run / "best.pt"))
+    generator = torch.Generator().manual_seed(3)
+    idx = torch.tensor([tokenizer.encode(PROMPT)])
+    chunks = list(model.generate(idx, 12, None, 0.9, 50, 0.9, stop=tokenizer.eot, generator=generator))
+    assert body(out) == tokenizer.decode(torch.cat([chunk.tokens for chunk in chunks], 1)[0])
+    experts = torch.cat([chunk.experts for chunk in chunks], 1).float().mean()
+    assert f"{len(chunks) - 1} new tokens, " in out and f", {experts:.2f} experts per token" in out
+
+
+def test_ends_with_a_summary(say, run):
+    """The last line has speed, experts per token and the sizes of both caches; the first names the run."""
+    lines = say(f"--prompt={PROMPT}").splitlines()
+    assert str(run / "best.pt") in lines[0]
+    assert "router online_seqtopk (trained with seqtopk), float32 on cpu" in lines[0]
+    numbers = r"12 new tokens, [\d.]+ tokens/s, [12]\.\d\d experts per token; "
+    sizes = r"KV cache 8 KiB, Expert Cache [\d.]+ (KiB|B) \(room for 32 tokens\)"
+    assert re.fullmatch(numbers + sizes, lines[-1])
+
+
+def test_every_way_to_give_a_prompt(say, stdin, tmp_path):
+    """The same text as an argument, FILE:, -, or piped in, with its newlines, leads to the same sample."""
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT + "\n")
+    expected = body(say(f"--prompt={PROMPT}\n"))
+    assert expected.startswith(PROMPT + "\n")
+    assert body(say(f"--prompt=FILE:{path}")) == expected
+    stdin(path)
+    assert body(say("--prompt=-")) == expected
+    stdin(path)
+    out = say()
+    assert body(out) == expected and "standard input" in out
+
+
+def test_without_a_prompt_a_document_begins(say, stdin):
+    """No prompt and nothing piped in: the text begins after end-of-text, which is not printed."""
+    stdin(os.devnull)
+    out = say()
+    assert "12 new tokens" in out and "endoftext" not in out
+
+
+def test_greedy_needs_no_seed(say):
+    """temperature 0 writes the same text under any seed."""
+    texts = {body(say(f"--prompt={PROMPT}", "--temperature=0", f"--seed={seed}")) for seed in range(3)}
+    assert len(texts) == 1
+
+
+def test_a_seed_is_a_text(say):
+    """Same seed, same samples; another seed, others; the samples of one run differ from each other."""
+    once, again, other = (
+        say(f"--prompt={PROMPT}", "--num_samples=2", f"--seed={seed}") for seed in (1, 1, 2)
+    )
+    texts = [out.rsplit("\n\n", 1)[0] for out in (once, again, other)]
+    samples = [re.split(r"\n--- sample \d of 2\n", text)[1:] for text in texts]
+    assert samples[0] == samples[1] != samples[2]
+    assert len(samples[0]) == 2 and samples[0][0].rstrip() != samples[0][1].rstrip()
+
+
+def test_a_single_sample_is_the_first_of_many(say):
+    """How many samples follow does not change a sample."""
+    single, double = say("--prompt=def"), say("--prompt=def", "--num_samples=2")
+    assert double.split("--- sample 1 of 2\n")[1].startswith(body(single))
+
+
+def test_show_experts_colours_the_same_text(say):
+    """Without its colours the output of --show_experts is the plain text, under a legend of all colours."""
+    plain, coloured = say(f"--prompt={PROMPT}"), say(f"--prompt={PROMPT}", "--show_experts")
+    assert body(ANSI.sub("", coloured)) == body(plain)
+    legend = next(line for line in coloured.splitlines() if line.startswith("experts per token: "))
+    assert " <1.3 " in legend and " 1.9-2.1 " in legend and " >2.7 " in legend
+    assert len(set(ANSI.findall(legend)) - {"\x1b[0m"}) == len(sample.COLOURS)
+    used = set(ANSI.findall(body(coloured))) - {"\x1b[0m"}
+    assert len(used) > 1 and used <= set(ANSI.findall(legend))
+    assert not re.search(r"\x1b\[48[^\x1b]*\n", coloured)  # no background runs over a line break
+
+
+def test_show_experts_gives_each_token_its_colour(capfd, tokenizer):
+    """A token's text has the colour of its mean over layers; the middle of the colours is k."""
+    ids = tokenizer.encode("def f")
+    experts = torch.tensor([[[1, 1], [4, 4], [1, 3], [2, 3]]])
+    chunk = SimpleNamespace(tokens=torch.tensor([ids[:1] * 4]), experts=experts)
+    sample.write([chunk], tokenizer, sample.painter(MoEConfig(**SHAPE)), sample.Tally())
+    text = tokenizer.decode(ids[:1])
+    expected = [sample.paint(text, sample.COLOURS[i]) for i in (0, 6, 3, 5)]
+    assert capfd.readouterr().out == "".join(expected) + "\n"
+
+
+def test_show_experts_of_a_router_without_choice(say):
+    """Under TopK all tokens get k experts: one colour, the middle one."""
+    out = say(f"--prompt={PROMPT}", "--router=topk", "--show_experts")
+    assert set(ANSI.findall(body(out))) == {"\x1b[48;5;252;38;5;16m", "\x1b[0m"}
+    assert ", 2.00 experts per token" in out and "Expert Cache 0 B" in out
+
+
+def test_characters_of_several_tokens_come_out_whole(capfd, tokenizer):
+    """Tokens that are bytes of a character print it once it is complete, and broken bytes as U+FFFD."""
+    ids = [*tokenizer.encode("é中🙂\n"), *tokenizer.encode("éx")[::2], *tokenizer.encode("中")[:2]]
+    assert len(ids) > 10
+    chunks = [SimpleNamespace(tokens=torch.tensor([[i]]), experts=torch.ones(1, 1, 2)) for i in ids]
+    sample.write(chunks, tokenizer, lambda text, experts: text, sample.Tally())
+    assert tokenizer.decode(ids) == "é中🙂\n\ufffdx\ufffd"
+    assert capfd.readouterr().out == tokenizer.decode(ids) + "\n"
+
+
+@pytest.mark.parametrize("prompt", ["def", "def f(x): return x\n" * 20])
+def test_text_past_block_size(say, prompt):
+    """A text or a prompt longer than block_size goes on, and the rule for it is told once."""
+    out = say(f"--prompt={prompt}", "--max_new_tokens=80", "--num_samples=2")
+    assert out.count("note: past block_size = 32 tokens, the newest 16 are fed again") == 1
+    assert "160 new tokens" in out
+    assert "note:" not in say("--prompt=def")
+
+
+def test_stops_at_end_of_text(say, tmp_path):
+    """An end-of-text token ends the sample and is not printed."""
+    few = train_bpe(["ab" * 9], 258, "few", only_seen_bytes=True)
+    folder = write_run(tmp_path / "run", "best.pt", tokenizer=few)
+    out = say("--prompt=ab", "--max_new_tokens=500", "--temperature=10", out_dir=folder)
+    assert int(re.search(r"(\d+) new tokens", out)[1]) < 500 and set(body(out)) == {"a", "b"}
+
+
+def test_without_a_best_checkpoint_the_last_is_used(say, tmp_path, tokenizer):
+    """A run that was never evaluated has no best.pt: last.pt is used, and that is said."""
+    folder = write_run(tmp_path / "run", "last.pt", tokenizer=tokenizer)
+    out = say("--prompt=def", out_dir=folder)
+    assert out.startswith("note: ") and "last.pt is used" in out
+    assert "note:" not in say("--prompt=def", "--checkpoint=last", out_dir=folder)
+
+
+def test_a_dense_run(say, fails, tmp_path, tokenizer):
+    """A dense model writes too; it has no experts to report or to show."""
+    folder = write_run(tmp_path / "run", "best.pt", tokenizer=tokenizer, n_expert=1, k=1, router="topk")
+    out = say("--prompt=def", out_dir=folder)
+    assert "12 new tokens" in out and "experts per token" not in out
+    assert "dense" in fails("--show_experts", out_dir=folder)
+
+
+def test_bfloat16(say):
+    """Weights and KV cache can be bfloat16, which halves the cache."""
+    out = say("--prompt=def", "--dtype=bfloat16")
+    assert "bfloat16 on cpu" in out and "KV cache 4 KiB" in out
+
+
+def test_ctrl_c_stops_and_sums_up(say, monkeypatch):
+    """Ctrl-C ends the writing; what was written is counted."""
+    generate = MoEGPT.generate
+
+    def interrupted(*args, **kwargs):
+        for n, chunk in enumerate(generate(*args, **kwargs)):
+            if n == 4:
+                raise KeyboardInterrupt
+            yield chunk
+
+    monkeypatch.setattr(MoEGPT, "generate", interrupted)
+    out = say("--prompt=def", "--num_samples=3")
+    assert out.splitlines()[-1].startswith("3 new tokens, ") and "sample 2" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--prompt=", "prompt is empty"),
+        ("--prompt=FILE:nowhere.txt", "nowhere.txt cannot be read: No such file"),
+        ("--prompt=FILE:.", "cannot be read"),
+        ("--prompt=a\udcff", "surrogate"),
+        ("--temperature=-0.1", "temperature is -0.1"),
+        ("--temperature=hot", "--temperature=hot"),
+        ("--top_k=0", "top_k is 0"),
+        ("--top_p=0", "top_p is 0"),
+        ("--top_p=1.1", "top_p is 1.1"),
+        ("--num_samples=0", "num_samples is 0"),
+        ("--max_new_tokens=0", "max_new_tokens is 0"),
+        ("--seed=-1", "seed is -1"),
+        ("--checkpoint=middle", "checkpoint is middle, but must be best or last"),
+        ("--router=seqtopk", "router is seqtopk, but must be causal to decode: topk, online_seqtopk"),
+        ("--router=nonsense", "online_seqtopk"),
+        ("--device=tpu", "device is tpu, but this machine has cpu"),
+        ("--dtype=int8", "dtype is int8, but must be auto, float32"),
+        ("--temprature=1", "did you mean temperature?"),
+        ("--out_dir=nowhere", "no run at nowhere"),
+    ],
+)
+def test_bad_input(fails, argv, words):
+    """Each is one line that names the value and what is allowed, and exit code 2."""
+    assert words in fails(argv)
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", "prompt is empty"), (b"\xff\xfea", "not UTF-8")])
+def test_bad_prompt_file(fails, stdin, tmp_path, content, words):
+    """An empty prompt, or one that is not text, is refused wherever it comes from."""
+    path = tmp_path / "prompt"
+    path.write_bytes(content)
+    assert words in fails(f"--prompt=FILE:{path}")
+    stdin(path)
+    assert words in fails("--prompt=-")
+
+
+def test_characters_that_the_tokenizer_lacks(fails, tmp_path):
+    """A prompt with characters that the vocabulary cannot spell is refused with the characters."""
+    few = train_bpe(["ab" * 9], 258, "few", only_seen_bytes=True)
+    folder = write_run(tmp_path / "run", "best.pt", tokenizer=few)
+    assert "'é'" in fails("--prompt=abé", out_dir=folder)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "text", "foreign", "no tokenizer"])
+def test_bad_checkpoint(fails, tmp_path, tokenizer, damage):
+    """A checkpoint that is missing, damaged or made by something else is refused."""
+    path = write_run(tmp_path / "run", "best.pt", tokenizer=tokenizer) / "best.pt"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "foreign":
+        torch.save({"model": {"w": torch.ones(2)}}, path)
+    elif damage == "no tokenizer":
+        save_checkpoint(path, MoEGPT(MoEConfig(vocab_size=280, **SHAPE)))
+    else:
+        path.write_bytes({"truncated": path.read_bytes()[:-500], "empty": b"", "text": b"hello\n"}[damage])
+    assert ("tokenizer" if damage == "no tokenizer" else "best.pt") in fails(out_dir=path.parent)
+
+
+def test_help_explains_every_key():
+    """Every setting has its meaning beside it."""
+    rows = [line for line in help_text(sample.SampleConfig).splitlines() if line.startswith("  --")]
+    assert len(rows) == len(fields(sample.SampleConfig))
+    assert all(len(re.split(r" {2,}", row.strip())) == 3 for row in rows)
+
+
+def test_from_a_shell(run):
+    """The script itself: a piped prompt, a sample and exit code 0; a typo, one line and exit code 2."""
+    command = [sys.executable, sample.__file__, f"--out_dir={run}", "--max_new_tokens=5", "--show_experts"]
+    good = subprocess.run(command, input="def f", capture_output=True, text=True)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "\ndef f" in ANSI.sub("", good.stdout) and "5 new tokens" in good.stdout
+    bad = subprocess.run([*command, "--prompt=def", "--top-p=1"], capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1

@@ -1,0 +1,550 @@
+"""Train a Mixture-of-Experts language model under any router.
+
+    python train.py config/tiny_seqtopk.py
+    python train.py config/small_seqtopk.py --k=4 --max_iters=2000
+    python train.py --init_from=resume --out_dir=out/tiny_seqtopk
+    python train.py --init_from=out/small_topk --router=seqtopk --max_iters=100 --out_dir=out/tuned
+
+Each evaluation prints two validation losses. The first is causal: the router's `decode` stand-in routes,
+which sees no future token, as when sampling; it is the likelihood of the text. The second is under the router
+that trains.
+"""
+
+import itertools
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from config import bad_input_exits, parse
+from config.device import pick_compile, pick_device, pick_dtype
+from model import MoE, MoEConfig, MoEGPT, Stats, load_checkpoint, require, save_checkpoint
+from router import ROUTERS, loss_free_update
+
+
+@dataclass(frozen=True)
+class TrainConfig(MoEConfig):
+    """Training: data, optimiser, where to compute and what to report. Raises ValueError for impossible
+    values."""
+
+    out_dir: str = ""  # folder of the run (empty: out/<name of the config file>)
+    init_from: str = (
+        "scratch"  # scratch; resume the run in out_dir; or a run's folder or checkpoint to fine-tune
+    )
+    dataset: str = "pysource"  # a folder of data/, prepared if need be, or the path of one
+    batch_size: int = 16  # sequences in a micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches in an iteration
+    max_iters: int = 1000  # iterations: steps of the optimiser
+    learning_rate: float = 1e-3  # the highest
+    warmup_iters: int = 100  # iterations of linear warm-up
+    lr_decay_iters: int | None = None  # the cosine reaches min_lr here (none: max_iters)
+    min_lr: float | None = None  # none: learning_rate / 10
+    weight_decay: float = 0.1  # of matrices; vectors have none
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.95  # AdamW's
+    grad_clip: float = 1.0  # largest norm of the gradient (0: any)
+    balance_coef: float = 0.01  # weight of the load-balance loss
+    z_coef: float = 0.001  # weight of the router z-loss
+    bias_rate: float = (
+        0.0  # step of the loss-free balancing bias (0: none; 0.001 with balance_coef=0 in DeepSeek-V3)
+    )
+    eval_interval: int = 100  # iterations between evaluations; each one saves last.pt
+    eval_windows: int = 128  # sequences of the validation data in an evaluation, always the same
+    log_interval: int = 10  # iterations between lines of log.jsonl and checks for NaN
+    sample_tokens: int = 150  # length of the sample printed at the end
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    dtype: str = "auto"  # auto, float32, bfloat16 or float16; weights are always float32
+    compile: str = "auto"  # torch.compile: auto, true or false
+    seed: int = 1337  # of the weights and the order of the data
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_iters",
+            "eval_interval",
+            "eval_windows",
+        ):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.log_interval >= 1, "log_interval", self.log_interval, "at least 1")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        for name in ("warmup_iters", "sample_tokens", "weight_decay", "grad_clip", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("balance_coef", "z_coef", "bias_rate"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
+        for name in ("min_lr", "lr_decay_iters"):
+            require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "at least 0, or none")
+
+    @property
+    def tokens_per_iter(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+
+
+# what decides the shapes and the meaning of the weights; the routing may change from run to run
+ROUTING = {"router", "k", "min_experts", "max_experts", "strict"}
+ARCHITECTURE = [field.name for field in fields(MoEConfig) if field.name not in {*ROUTING, "block_size"}]
+DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
+
+
+def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
+    """The configuration, and the checkpoint to start from if there is one: its settings hold unless others
+    are given.
+
+    Raises ValueError for bad settings, a bad checkpoint, or settings that contradict the checkpoint's.
+    """
+    given, files = parse(argv, TrainConfig)
+    given["out_dir"] = given.get("out_dir") or f"out/{files[-1].stem if files else 'run'}"
+    init_from = given.get("init_from", TrainConfig.init_from)
+    if init_from == "scratch":
+        return TrainConfig(**given), None
+    if init_from == "resume":
+        checkpoint = load_checkpoint(Path(given["out_dir"]) / "last.pt")
+        old, fixed = checkpoint["train_config"], ARCHITECTURE + DATA_ORDER
+    else:
+        path = Path(init_from)
+        checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
+        old, fixed = checkpoint["config"], ARCHITECTURE
+    changed = [name for name in fixed if given.get(name, old[name]) != old[name]]
+    if changed:
+        difference = ", ".join(f"{name} is {old[name]} there and {given[name]} here" for name in changed)
+        raise ValueError(
+            f"init_from={init_from} does not fit: {difference}; drop these or start from scratch"
+        )
+    return TrainConfig(**{**old, **given}), checkpoint
+
+
+def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainConfig, data.Dataset]:
+    """The data, and the configuration with its vocabulary filled in. Raises ValueError if they do not fit."""
+    dataset = data.load(config.dataset)
+    tokenizer = dataset.tokenizer
+    if checkpoint and data.Tokenizer(checkpoint["tokenizer"]).fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"dataset {config.dataset} has another vocabulary than the checkpoint: prepare it with the tokenizer "
+            "of the checkpoint's data (data/textfile/prepare.py --tokenizer=...), or start from scratch"
+        )
+    enough = config.vocab_size == 0 or config.vocab_size >= tokenizer.vocab_size
+    require(enough, "vocab_size", config.vocab_size, f"0 or at least the data's {tokenizer.vocab_size}")
+    config = replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size)
+    data.train_batch(dataset.train, 0, 1, config.block_size, config.seed)  # raises if the text is too short
+    data.val_batches(dataset.val, config.block_size, 1, 1)
+    return config, dataset
+
+
+@dataclass
+class Run:
+    """A model in training and all that moves it."""
+
+    config: TrainConfig
+    dataset: data.Dataset
+    device: torch.device
+    dtype: torch.dtype
+    model: MoEGPT
+    forward: MoEGPT  # the model, perhaps compiled
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0  # iterations done
+    best: float = math.inf  # lowest causal validation loss so far
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+    def save(self, *names: str) -> None:
+        """Write everything to files in out_dir. A full disk is reported and does not end the run."""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "step": self.step,  # the data order is a function of it
+            "best": self.best,
+            "train_config": asdict(self.config),
+            "tokenizer": self.dataset.tokenizer.meta,
+        }
+        for name in names:
+            try:
+                save_checkpoint(Path(self.config.out_dir) / name, self.model, **state)
+            except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+                tqdm.write(f"warning: {name} could not be saved ({error}); training goes on")
+
+    def restore(self, checkpoint: dict) -> None:
+        """Continue where the checkpoint was written. The model has its weights already."""
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
+        torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["rng"]["cuda"]])
+        self.step, self.best = checkpoint["step"], checkpoint["best"]
+
+
+def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) -> Run:
+    """Build the run and print what was chosen and why. Raises ValueError for a device or a dtype that is not
+    there."""
+    device, device_reason = pick_device(config.device)
+    dtype, dtype_reason = pick_dtype(config.dtype, device)
+    compiled, compile_reason = pick_compile(config.compile, device, dtype)
+    torch.manual_seed(config.seed)
+    architecture = {field.name: getattr(config, field.name) for field in fields(MoEConfig)}
+    model = (
+        MoEGPT.from_checkpoint(checkpoint, **architecture)
+        if checkpoint
+        else MoEGPT(MoEConfig(**architecture))
+    )
+    model = model.to(device)
+    print(f"device    {device} ({device_reason})")
+    print(f"dtype     {str(dtype).removeprefix('torch.')} ({dtype_reason})")
+    print(f"compile   {compiled} ({compile_reason})")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run = Run(config, dataset, device, dtype, model, model, make_optimizer(model, config), scaler)
+    if config.init_from == "resume":
+        run.restore(checkpoint)
+    if compiled:
+        run.forward = compile_or_explain(run)
+    return run
+
+
+def make_optimizer(model: MoEGPT, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW in one fused pass (arXiv 1711.05101); matrices decay, vectors do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def compile_or_explain(run: Run) -> MoEGPT:
+    """The compiled model, tried on one batch; if that fails and nobody insisted, the plain one, saying
+    why."""
+    compiled = torch.compile(run.model)
+    try:
+        run.forward = compiled
+        losses(run, *batch(run, 0))[0].backward()
+    except Exception as error:
+        if run.config.compile == "true":
+            raise
+        print(f"compile   off after all: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        compiled = run.model
+    run.optimizer.zero_grad()
+    return compiled
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine down to min_lr, which it keeps (arXiv 1608.03983)."""
+    min_lr = config.learning_rate / 10 if config.min_lr is None else config.min_lr
+    end = config.lr_decay_iters or config.max_iters
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if step >= end:
+        return min_lr
+    progress = (step - config.warmup_iters) / (end - config.warmup_iters)
+    return min_lr + (config.learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def batch(run: Run, micro_step: int) -> list[Tensor]:
+    """Inputs and targets (batch_size, block_size) of a micro-batch, on the device."""
+    config = run.config
+    pair = data.train_batch(run.dataset.train, micro_step, config.batch_size, config.block_size, config.seed)
+    if run.device.type == "cuda":
+        return [x.pin_memory().to(run.device, non_blocking=True) for x in pair]
+    return [x.to(run.device) for x in pair]
+
+
+def losses(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Stats]:
+    """What is minimised, the cross-entropy in it (both scalars), and the routing statistics."""
+    config = run.config
+    with run.autocast():
+        _, loss, stats = run.forward(x, y)
+    return (
+        loss + config.balance_coef * stats.balance_loss + config.z_coef * stats.z_loss,
+        loss.detach(),
+        stats,
+    )
+
+
+def train_step(run: Run) -> Tensor:
+    """One iteration: -> (2,) mean cross-entropy in nats and norm of the gradient. Does not wait for the
+    device."""
+    config, n = run.config, run.config.gradient_accumulation_steps
+    mean_loss, load = 0.0, 0
+    for micro_step in range(run.step * n, (run.step + 1) * n):
+        total, loss, stats = losses(run, *batch(run, micro_step))
+        run.scaler.scale(total / n).backward()
+        mean_loss, load = mean_loss + loss / n, load + stats.load
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(config, run.step)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    if config.bias_rate:
+        layers = [block.mlp for block in run.model.blocks if isinstance(block.mlp, MoE)]
+        for layer, layer_load in zip(layers, load, strict=True):
+            layer.bias.copy_(loss_free_update(layer.bias, layer_load.float(), config.bias_rate))
+    run.step += 1
+    return torch.stack([mean_loss, norm])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- evaluation
+
+
+@torch.no_grad()
+def evaluate(run: Run, router: str) -> dict:
+    """Loss and routing on the validation windows under one router; a pure function of the weights.
+
+    loss: mean cross-entropy in nats per token. bpb: the same in bits per byte of the text. experts: mean, min
+    and max experts per token. entropy: of the share of the pairs that each expert gets, 1 when uniform, mean
+    over layers. dead: experts that got no token, of all layers together.
+    """
+    config = run.config
+    n_bytes = torch.from_numpy(run.dataset.tokenizer.token_bytes)
+    nats = tokens = text_bytes = load = 0
+    experts = []
+    for x, y in data.val_batches(run.dataset.val, config.block_size, config.batch_size, config.eval_windows):
+        with run.autocast():
+            _, loss, stats = run.forward(x.to(run.device), y.to(run.device), router=router)
+        nats, tokens = nats + loss.double() * y.numel(), tokens + y.numel()
+        text_bytes += n_bytes[y].sum().item()
+        load = load + stats.load
+        experts.append(stats.experts.flatten())
+    result = {"loss": (nats / tokens).item(), "bpb": (nats / text_bytes / math.log(2)).item()}
+    return result | routing_summary(load, torch.cat(experts))
+
+
+def routing_summary(load: Tensor, experts: Tensor) -> dict:
+    """load (L, E) pairs per expert, experts (n,) experts per token -> the routing part of evaluate, {} if L
+    is 0."""
+    if not len(load):
+        return {}
+    share = load / load.sum(-1, keepdim=True)
+    entropy = torch.special.entr(share).sum(-1).mean() / math.log(load.shape[-1])
+    mean, low, high = experts.float().mean(), experts.min(), experts.max()
+    return {
+        "experts": [mean.item(), low.item(), high.item()],
+        "entropy": entropy.item(),
+        "dead": (load == 0).sum().item(),
+    }
+
+
+HEADER = (
+    "          train  causal validation   {as_trained:^17}    experts per token     load    dead    tokens\n"
+    "  step     nats     nats bits/byte      nats bits/byte     mean   min   max  entropy experts        /s"
+)
+
+
+def table_line(step: int, train_loss: float, causal: dict, as_trained: dict, rate: float) -> str:
+    """One evaluation, under HEADER."""
+    routing = f"{'-':>6} {'-':>5} {'-':>5}  {'-':>7} {'-':>7}"
+    if "experts" in causal:
+        mean, low, high = causal["experts"]
+        routing = f"{mean:6.2f} {low:5d} {high:5d}  {causal['entropy']:7.3f} {causal['dead']:7d}"
+    both = "   ".join(f"{result['loss']:7.4f} {result['bpb']:9.4f}" for result in (causal, as_trained))
+    return f"{step:6d}  {train_loss:7.4f}  {both}   {routing} {rate:9,.0f}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- the loop
+
+
+class Log:
+    """log.jsonl: one JSON object a line, "kind" train or eval. A resumed run forgets what came after its
+    checkpoint."""
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines if self._step(line) <= step))
+        self.path = path
+
+    @staticmethod
+    def _step(line: str) -> float:
+        try:
+            return json.loads(line)["step"]
+        except ValueError:  # a crash cut the line short
+            return math.inf
+
+    def write(self, **entry) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class Diverged(Exception):
+    """A loss or a gradient is not finite."""
+
+
+class Meter:
+    """Collects the metrics of iterations, and reads them, which waits for the device, only now and then."""
+
+    def __init__(self, log: Log):
+        self.log, self.loss, self.tokens_per_second = log, math.nan, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self.pending: list[Tensor] = []
+        self.start = time.perf_counter()
+
+    def read(self, run: Run) -> None:
+        """Average and log what has come since the last time. Raises Diverged."""
+        if not self.pending:
+            return
+        self.loss, norm = torch.stack(self.pending).mean(0).tolist()
+        seconds = time.perf_counter() - self.start
+        self.tokens_per_second = len(self.pending) * run.config.tokens_per_iter / seconds
+        lr = learning_rate(run.config, run.step - 1)
+        speed = round(self.tokens_per_second)
+        self.log.write(
+            kind="train", step=run.step, loss=self.loss, grad_norm=norm, lr=lr, tokens_per_second=speed
+        )
+        self.restart()
+        scaled = run.scaler.is_enabled()  # float16 skips the iterations whose gradient overflows
+        if not math.isfinite(self.loss) or not (scaled or math.isfinite(norm)):
+            raise Diverged(f"the loss became {self.loss:.4g} (gradient {norm:.4g}) at iteration {run.step}")
+
+
+class Interrupt:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish to stop after the iteration; the second stops at
+    once."""
+
+    def __enter__(self) -> "Interrupt":
+        self.wished = False
+        self.before = {
+            number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def _wish(self, number: int, frame: object) -> None:
+        self.wished = True
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("\nstopping after this iteration; once more to stop at once, without saving")
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def evaluate_and_save(run: Run, meter: Meter) -> None:
+    """Print and log a line of the table; write last.pt, and best.pt if the causal loss is the lowest so
+    far."""
+    meter.read(run)
+    router = run.config.router
+    causal = evaluate(run, ROUTERS[router].decode)
+    as_trained = causal if ROUTERS[router].causal else evaluate(run, router)
+    tqdm.write(table_line(run.step, meter.loss, causal, as_trained, meter.tokens_per_second))
+    meter.log.write(kind="eval", step=run.step, causal=causal, as_trained=as_trained)
+    if not math.isfinite(causal["loss"]):
+        raise Diverged(f"the validation loss became {causal['loss']:.4g} at iteration {run.step}")
+    better = causal["loss"] < run.best
+    run.best = min(run.best, causal["loss"])
+    run.save("last.pt", *["best.pt"] * better)
+    meter.restart()
+
+
+def train(run: Run) -> bool:
+    """Run the iterations that are left; True if they were all run, False after Ctrl-C. Raises Diverged."""
+    config, evaluated = run.config, run.step if run.config.init_from == "resume" else -1
+    meter = Meter(Log(Path(config.out_dir) / "log.jsonl", run.step))
+    print("\n" + HEADER.format(as_trained=f"under {config.router}"))
+    with Interrupt() as interrupt, tqdm(total=config.max_iters, initial=run.step, disable=None) as bar:
+        while run.step < config.max_iters and not interrupt.wished:
+            if run.step % config.eval_interval == 0 and run.step != evaluated:
+                evaluate_and_save(run, meter)
+            meter.pending.append(train_step(run))
+            bar.update()
+            if run.step % config.log_interval == 0:
+                meter.read(run)
+                bar.set_postfix_str(f"loss {meter.loss:.3f}, {meter.tokens_per_second:,.0f} tokens/s")
+        if run.step >= config.max_iters:
+            evaluate_and_save(run, meter)
+            return True
+        meter.read(run)
+        run.save("last.pt")
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- from the command line to the first iteration, and after the last
+
+
+def prepare_out_dir(config: TrainConfig) -> None:
+    """Make the run's folder; a run that is in it already, and is not resumed, is moved aside. Raises
+    ValueError."""
+    folder = Path(config.out_dir)
+    try:
+        if config.init_from != "resume" and (folder / "log.jsonl").exists():
+            number = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
+            folder.rename(f"{folder}.{number}")
+            print(f"the run that was in {folder} is now in {folder}.{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(
+            f"out_dir {folder} cannot be written ({error.strerror}): give another --out_dir"
+        ) from error
+
+
+def describe(run: Run) -> str:
+    config, (total, active) = run.config, run.model.n_params()
+    tokens = config.tokens_per_iter * config.max_iters
+    size = len(run.dataset.train)
+    flops = run.model.flops_per_token(config.block_size)
+    return (
+        f"model     {total:,} parameters, {active:,} active per token, {flops / 1e6:.1f} MFLOP per token\n"
+        f"router    {config.router}, {config.k} of {config.n_expert} experts per token; "
+        f"causal validation under {ROUTERS[config.router].decode}\n"
+        f"data      {config.dataset}: {size:,} tokens, vocabulary {config.vocab_size:,}\n"
+        f"training  {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens, "
+        f"{tokens / size:.2f} epochs in all\n"
+        f"run       {config.out_dir}"
+    )
+
+
+def print_sample(run: Run) -> None:
+    """A short text from the trained model, as sample.py would write it."""
+    tokenizer, config = run.dataset.tokenizer, run.config
+    prompt = tokenizer.encode(run.dataset.meta.get("prompt", "")) or [tokenizer.eot]
+    generator = torch.Generator(run.device).manual_seed(config.seed)
+    idx = torch.tensor([prompt], device=run.device)
+    chunks = run.model.generate(idx, config.sample_tokens, stop=tokenizer.eot, generator=generator)
+    ids = torch.cat([chunk.tokens for chunk in chunks], dim=1)[0].tolist()
+    print("\n--- sample\n" + tokenizer.decode(ids[prompt == [tokenizer.eot] :]))
+
+
+def main(argv: list[str]) -> None:
+    with bad_input_exits():
+        config, checkpoint = read_config(argv)
+        config, dataset = open_dataset(config, checkpoint)
+        prepare_out_dir(config)
+        run = set_up(config, dataset, checkpoint)
+    print(describe(run))
+    try:
+        finished = train(run)
+    except Diverged as error:
+        kept = f"{config.out_dir}/last.pt is the last good checkpoint"
+        print(
+            f"error: {error}; {kept}. Lower learning_rate ({config.learning_rate:g}) and resume it",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    if not finished:
+        print(f"\nsaved iteration {run.step}; go on with:")
+        print(f"  python train.py --init_from=resume --out_dir={config.out_dir}")
+        sys.exit(130)
+    if config.sample_tokens:
+        print_sample(run)
+        print(f"--- more: python sample.py --out_dir={config.out_dir} --show_experts")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
