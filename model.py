@@ -12,7 +12,6 @@ host: a router with a known budget gives every tensor a shape that does not depe
 """
 
 import os
-import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -54,8 +53,9 @@ class MoEConfig:
     norm_eps: float = 1e-5  # epsilon of RMSNorm
 
     def __post_init__(self):
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_expert", "n_hidden"):
+        for name in ("n_layer", "n_head", "n_embd", "n_expert", "n_hidden"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.block_size >= 2, "block_size", self.block_size, "at least 2")
         for name in ("vocab_size", "shared_hidden", "n_dense_layer"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name, allowed in (
@@ -494,9 +494,9 @@ class MoEGPT(nn.Module):
         causal = [name for name, row in ROUTERS.items() if row.causal]
         require(router in causal, "router", router, f"causal to decode: {', '.join(causal)}")
         weight = self.head.weight
-        return Cache(
-            self.config, batch_size, max_tokens or self.config.block_size, router, weight.device, weight.dtype
-        )
+        max_tokens = self.config.block_size if max_tokens is None else max_tokens
+        require(max_tokens >= 2, "max_tokens", max_tokens, "at least 2")
+        return Cache(self.config, batch_size, max_tokens, router, weight.device, weight.dtype)
 
     @torch.no_grad()
     def generate(
@@ -525,7 +525,7 @@ class MoEGPT(nn.Module):
         """
         cache = cache or self.new_cache(len(idx))
         text, real = idx, torch.ones_like(idx, dtype=torch.bool) if active is None else active
-        half = max(cache.max_tokens // 2, 1)
+        half = cache.max_tokens // 2
         if idx.shape[1] > cache.max_tokens:
             text, real = text[:, -half:], real[:, -half:]
         padded = active is not None
@@ -576,11 +576,11 @@ class MoEGPT(nn.Module):
 
         Raises ValueError when its weights do not fit the changed config.
         """
-        model = cls(replace(MoEConfig(**checkpoint["config"]), **changes))
-        try:
-            model.load_state_dict(checkpoint["model"])
-        except RuntimeError as error:
-            raise ValueError(f"the checkpoint's weights do not fit this architecture: {error}") from error
+        model, weights = cls(replace(MoEConfig(**checkpoint["config"]), **changes)), checkpoint["model"]
+        for name, tensor in model.state_dict().items():
+            here, there = tuple(tensor.shape), tuple(weights[name].shape) if name in weights else "missing"
+            require(here == there, f"{name} in the checkpoint", there, f"{here} in this architecture")
+        model.load_state_dict(weights)
         return model
 
 
@@ -641,7 +641,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise ValueError(f"no checkpoint at {path}: train a model first, or correct the path")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load raises whatever the bytes lead its unpickler to
         raise ValueError(
             f"{path} is damaged or not a checkpoint of this project: use another, such as best.pt"
         ) from error

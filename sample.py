@@ -24,10 +24,12 @@ import torch
 from config import bad_input_exits, parse
 from config.device import pick_device, pick_dtype
 from data import Tokenizer
-from model import Cache, Chunk, MoEConfig, MoEGPT, load_checkpoint, sample_token
+from model import TEMPERATURE, TOP_P, Cache, Chunk, MoEConfig, MoEGPT, load_checkpoint, require, sample_token
 
 # Background and text colours (of a terminal's 256) of tokens with fewer experts than k, about k, and more.
 COLOURS = [(25, 231), (68, 16), (110, 16), (252, 16), (216, 16), (203, 16), (160, 231)]
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # generated ones must not reach the terminal
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class SampleConfig:
     router: str | None = None  # any causal one; none: the one that stands in for the run's own in decoding
     num_samples: int = 1  # texts, one after the other
     max_new_tokens: int = 200  # an end-of-text token ends a text sooner
-    temperature: float = 0.8  # 0: always the likeliest token
+    temperature: float = TEMPERATURE  # 0: always the likeliest token
     top_k: int | None = None  # draw from so many likeliest tokens only
-    top_p: float | None = 0.95  # draw from the likeliest tokens that hold this much probability
+    top_p: float | None = TOP_P  # draw from the likeliest tokens that hold this much probability
     seed: int = 1337  # same seed, same text
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16 or float16
@@ -50,15 +52,10 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         sample_token(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)  # which checks these
-        rules = {
-            "checkpoint": (self.checkpoint in ("best", "last"), "best or last"),
-            "num_samples": (self.num_samples >= 1, "at least 1"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
-        }
-        for key, (right, allowed) in rules.items():
-            if not right:
-                raise ValueError(f"{key} is {getattr(self, key)}, but must be {allowed}")
+        require(self.checkpoint in ("best", "last"), "checkpoint", self.checkpoint, "best or last")
+        require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
 
 
 @dataclass
@@ -169,8 +166,8 @@ def write(
         experts = chunk.experts[0].float().mean(-1).tolist()  # one number per token
         now = time.perf_counter()
         for token, mean in zip(chunk.tokens[0].tolist(), experts, strict=True):
-            data = b"" if token == tokenizer.eot else tokenizer.decode_bytes([token])
-            print(show(decoder.decode(data), mean), end="", flush=True)
+            text = decoder.decode(b"" if token == tokenizer.eot else tokenizer.decode_bytes([token]))
+            print(show(CONTROL.sub("\ufffd", text), mean), end="", flush=True)
         tally.fed += len(experts)
         tally.experts += sum(experts)
         if before is not None:
@@ -203,7 +200,7 @@ def painter(config: MoEConfig) -> Callable[[str, float], str]:
 def paint(text: str, colour: tuple[int, int]) -> str:
     """Colour the text, but no line break, from which a terminal would colour the rest of the line."""
     start = f"\x1b[48;5;{colour[0]};38;5;{colour[1]}m"
-    return re.sub(r"[^\r\n]+", lambda line: f"{start}{line[0]}\x1b[0m", text)
+    return re.sub(r"[^\n]+", lambda line: f"{start}{line[0]}\x1b[0m", text)
 
 
 def describe(model: MoEGPT, router: str) -> str:
@@ -217,7 +214,7 @@ def describe(model: MoEGPT, router: str) -> str:
 
 def window_note(window: int) -> str:
     return (
-        f"note: past block_size = {window} tokens, the newest {max(window // 2, 1)} are fed again, "
+        f"note: past block_size = {window} tokens, the newest {window // 2} are fed again, "
         "their experts chosen anew"
     )
 

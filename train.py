@@ -131,8 +131,8 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
     tokenizer = dataset.tokenizer
     if checkpoint and data.Tokenizer(checkpoint["tokenizer"]).fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"dataset {config.dataset} has another vocabulary than the checkpoint: prepare it with the tokenizer "
-            "of the checkpoint's data (data/textfile/prepare.py --tokenizer=...), or start from scratch"
+            f"dataset {config.dataset} has another vocabulary than the checkpoint: prepare it with the "
+            "checkpoint's (data/textfile/prepare.py --tokenizer=...), or start from scratch"
         )
     enough = config.vocab_size == 0 or config.vocab_size >= tokenizer.vocab_size
     require(enough, "vocab_size", config.vocab_size, f"0 or at least the data's {tokenizer.vocab_size}")
@@ -351,7 +351,8 @@ def table_line(step: int, train_loss: float, causal: dict, as_trained: dict, rat
         mean, low, high = causal["experts"]
         routing = f"{mean:6.2f} {low:5d} {high:5d}  {causal['entropy']:7.3f} {causal['dead']:7d}"
     both = "   ".join(f"{result['loss']:7.4f} {result['bpb']:9.4f}" for result in (causal, as_trained))
-    return f"{step:6d}  {train_loss:7.4f}  {both}   {routing} {rate:9,.0f}"
+    trained = "-" if math.isnan(train_loss) else f"{train_loss:.4f}"  # before the first iteration
+    return f"{step:6d}  {trained:>7}  {both}   {routing} {rate:9,.0f}"
 
 
 # ------------------------------------------------------------------------------------------------------------

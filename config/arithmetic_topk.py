@@ -1,4 +1,4 @@
-# Word problems on two CPU cores in under ten minutes. The vocabulary is small, so that the experts are most of the work.
+# Word problems on two CPU cores in under ten minutes. The vocabulary is small: most work is in the experts.
 dataset = "arithmetic"
 router = "topk"
 block_size = 256

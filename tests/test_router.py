@@ -92,7 +92,11 @@ def draw(kind: str, seed: int, budget: int = 40_000) -> Case:
     return Case(make_scores(kind, B, T, E, seed), k, min_experts, max_experts)
 
 
-each_case = pytest.mark.parametrize("kind, seed", [(kind, seed) for kind in KINDS for seed in range(6)])
+SEEDS = range(6)
+each_case = pytest.mark.parametrize("kind, seed", [(kind, seed) for kind in KINDS for seed in SEEDS])
+each_third_case = pytest.mark.parametrize(
+    "kind, seed", [(kind, seed) for kind in KINDS for seed in SEEDS[1::3]]
+)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_strict = pytest.mark.parametrize("strict", [True, False], ids=["strict", "unstrict"])
 each_router = pytest.mark.parametrize("name", ROUTERS)
@@ -112,7 +116,7 @@ def same(got: Tensor, want: Tensor) -> bool:
 
 def test_the_cases_reach_every_extreme():
     """The random cases include both ends of every range that they are drawn from."""
-    cases = [draw(kind, seed) for kind in KINDS for seed in range(6)]
+    cases = [draw(kind, seed) for kind in KINDS for seed in SEEDS]
     shapes = [c.scores.shape for c in cases]
     assert {1, 2, 3, 4} == {B for B, _, _ in shapes}
     assert {1, 300} <= {T for _, T, _ in shapes}
@@ -365,7 +369,7 @@ def feed(cache: ExpertCache, scores: Tensor, sizes: list[int], active: Tensor | 
 
 @each_strict
 @each_chunking
-@each_case
+@each_third_case
 def test_the_cache_is_online_seqtopk(kind, seed, chunking, strict):
     """Fed in any chunks, with room to spare or none, the cache gives the mask of online_seqtopk."""
     c = draw(kind, seed, budget=8_000)
@@ -380,7 +384,7 @@ def test_the_cache_is_online_seqtopk(kind, seed, chunking, strict):
 @each_kind
 def test_a_long_sequence_fills_the_cache(kind, chunking, strict):
     """Several hundred tokens, up to the last one that fits, give the mask of online_seqtopk."""
-    B, T, E, k = 2, 523, 6, 2
+    B, T, E, k = 2, 331, 6, 2
     scores = make_scores(kind, B, T, E)
     cache = ExpertCache(B, T, k, E, strict=strict)
     mask = feed(cache, scores, CHUNKINGS[chunking](T))
@@ -415,12 +419,12 @@ def ref_active(scores: Tensor, active: Tensor, k: int, **how) -> Tensor:
 @each_kind
 def test_inactive_tokens_neither_compete_nor_spend(kind, chunking, strict):
     """Inactive tokens get no expert, and their row goes on as if they had never been fed."""
-    T, E, k, seed = 140, 7, 3, len(kind) + len(chunking)
+    T, E, k, seed = 100, 7, 3, len(kind) + len(chunking)
     how = {"min_experts": seed % 3, "max_experts": [None, 4, 7][seed // 3 % 3], "strict": strict}
     active = active_rows(T, seed)
     scores = make_scores(kind, len(active), T, E, seed)
     want = ref_active(scores, active, k, **how)
-    for noise in (None, 1e9, float("nan")):
+    for noise in (None, float("nan")):
         noisy = scores if noise is None else scores.masked_fill(~active[..., None], noise)
         cache = ExpertCache(len(active), T, k, E, **how)
         assert same(feed(cache, noisy, CHUNKINGS[chunking](T), active), want), f"inactive scores: {noise}"
@@ -577,7 +581,7 @@ def test_the_stand_in_for_decoding_is_causal(name):
 @each_kind
 def test_only_exact_routers_spend_the_whole_budget(name, kind):
     """Routers that the table calls exact spend B*T*k pairs on any scores; the others never spend more."""
-    for seed in range(6):
+    for seed in SEEDS:
         c = draw(kind, seed)
         B, T, _ = c.scores.shape
         mask = ROUTERS[name].select(c.scores, c.k)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 LEVELS = range(1, 6)
 MAX_AMOUNT = 99
-HE = "Adam Ali Ben Hugo Ivan Ken Leo Luis Max Noah Omar Paul Sam Tom".split()
-SHE = "Ana Emma Eva Ida Jane Lily Lucy Maya Mia Nina Rosa Ruth Sara Zoe".split()
+HE = "Ali Ben Hugo Ivan Ken Leo Max Noah Omar Tom".split()
+SHE = "Ana Eva Ida Jane Lily Maya Nina Rosa Sara Zoe".split()
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _begin(rng: random.Random) -> Story:
     a = rng.choice(HE + SHE)
     b = rng.choice([name for name in HE + SHE if name != a])
     slots = {"A": a, "B": b, "his": "his" if a in HE else "her", "x": rng.choice(scene.things)}
-    story = Story(rng, scene, slots, amount=rng.randint(3, 12))
+    story = Story(rng, scene, slots, amount=rng.randint(3, 9))
     story.tell(rng.choice(scene.start), n=story.amount)
     return story
 
