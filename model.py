@@ -56,6 +56,8 @@ class MoEConfig:
         for name in ("n_layer", "n_head", "n_embd", "n_expert", "n_hidden"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.block_size >= 2, "block_size", self.block_size, "at least 2")
+        for name in ("rope_theta", "norm_eps"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("vocab_size", "shared_hidden", "n_dense_layer"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name, allowed in (

@@ -268,7 +268,7 @@ class ExpertCache:
             raise ValueError(
                 f"Expert Cache is full: {seen} tokens seen and {t} new, but max_tokens is {self.max_tokens}"
             )
-        values, experts = _rank_experts(scores, self.max_experts)
+        values, experts = _rank_experts(scores.detach(), self.max_experts)
         candidates = values[..., self.min_experts :]  # (B, t, c)
         if active is None:
             budget = self.budget + self.per_token * torch.arange(1, t + 1, device=scores.device)
@@ -278,7 +278,7 @@ class ExpertCache:
         count = self._count_one(candidates, budget) if t == 1 else self._count_many(candidates, budget)
         if self.strict:
             count = _cap_spending(count, budget, self.spent)
-        self.budget = budget[:, -1:]
+        self.budget = budget[:, -1:].clone()  # a view would keep all t of them
         self.spent = self.spent + count.sum(-1, keepdim=True)
         self._remember(candidates)
         count = count + self.min_experts
@@ -311,9 +311,7 @@ class ExpertCache:
         merged = new.new_empty(new.shape[0], self.sorted.shape[1] + new.shape[1])
         is_new = torch.zeros_like(merged, dtype=torch.bool).scatter_(1, place, True)
         merged = merged.masked_scatter_(~is_new, self.sorted).scatter_(1, place, new)
-        self.sorted = merged[
-            :, new.shape[1] :
-        ].contiguous()  # the n lowest are empty places: all tokens have room
+        self.sorted = merged[:, new.shape[1] :].clone()  # the n lowest are empty: every token has its room
         self.recent.fill_(-torch.inf)
         self.n_sorted, self.n_recent = self.n_sorted + self.n_recent + t, 0
 
@@ -345,7 +343,7 @@ def loss_free_update(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     bias, load (..., E) -> (..., E). The bias is added to the scores for selection only, never to the weights
     (arXiv 2408.15664, algorithm 1).
     """
-    return bias + rate * torch.sign(load.mean(-1, keepdim=True) - load)
+    return bias + rate * torch.sign(load.float().mean(-1, keepdim=True) - load)
 
 
 class Router(NamedTuple):

@@ -13,6 +13,7 @@ that trains.
 import itertools
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -78,14 +79,16 @@ class TrainConfig(MoEConfig):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.log_interval >= 1, "log_interval", self.log_interval, "at least 1")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        for name in ("warmup_iters", "sample_tokens", "weight_decay", "grad_clip", "seed"):
+        for name in ("warmup_iters", "sample_tokens", "weight_decay", "grad_clip"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("balance_coef", "z_coef", "bias_rate"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
-        for name in ("min_lr", "lr_decay_iters"):
-            require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "at least 0, or none")
+        require(self.min_lr is None or self.min_lr >= 0, "min_lr", self.min_lr, "at least 0, or none")
+        end = self.lr_decay_iters
+        require(end is None or end >= 1, "lr_decay_iters", end, "at least 1, or none")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
 
     @property
     def tokens_per_iter(self) -> int:
@@ -111,10 +114,15 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
         return TrainConfig(**given), None
     if init_from == "resume":
         checkpoint = load_checkpoint(Path(given["out_dir"]) / "last.pt")
+        if "train_config" not in checkpoint:
+            raise ValueError(f"{given['out_dir']}/last.pt holds no run to resume: train.py did not write it")
         old, fixed = checkpoint["train_config"], ARCHITECTURE + DATA_ORDER
     else:
         path = Path(init_from)
-        checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
+        path = path / "best.pt" if path.is_dir() else path
+        checkpoint = load_checkpoint(path)
+        if "tokenizer" not in checkpoint:
+            raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
         old, fixed = checkpoint["config"], ARCHITECTURE
     changed = [name for name in fixed if given.get(name, old[name]) != old[name]]
     if changed:
@@ -134,9 +142,13 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
             f"dataset {config.dataset} has another vocabulary than the checkpoint: prepare it with the "
             "checkpoint's (data/textfile/prepare.py --tokenizer=...), or start from scratch"
         )
-    enough = config.vocab_size == 0 or config.vocab_size >= tokenizer.vocab_size
-    require(enough, "vocab_size", config.vocab_size, f"0 or at least the data's {tokenizer.vocab_size}")
-    config = replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size)
+    if config.init_from == "resume" and checkpoint["source_sha256"] != dataset.meta["source_sha256"]:
+        raise ValueError(
+            f"dataset {config.dataset} was prepared anew since the run began: start from scratch"
+        )
+    right = config.vocab_size in (0, tokenizer.vocab_size)
+    require(right, "vocab_size", config.vocab_size, f"0 or the data's {tokenizer.vocab_size}")
+    config = replace(config, vocab_size=tokenizer.vocab_size)
     data.train_batch(dataset.train, 0, 1, config.block_size, config.seed)  # raises if the text is too short
     data.val_batches(dataset.val, config.block_size, 1, 1)
     return config, dataset
@@ -155,19 +167,22 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0  # iterations done
+    evaluated: int = -1  # the step of the last evaluation
     best: float = math.inf  # lowest causal validation loss so far
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
 
-    def save(self, *names: str) -> None:
-        """Write everything to files in out_dir. A full disk is reported and does not end the run."""
+    def save(self, *names: str) -> bool:
+        """Write everything to files in out_dir; a full disk is reported, with False, and ends nothing."""
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "rng": torch.get_rng_state(),  # nothing in training draws from it, unless somebody adds dropout
             "step": self.step,  # the data order is a function of it
+            "evaluated": self.evaluated,
             "best": self.best,
+            "source_sha256": self.dataset.meta["source_sha256"],
             "train_config": asdict(self.config),
             "tokenizer": self.dataset.tokenizer.meta,
         }
@@ -175,15 +190,21 @@ class Run:
             try:
                 save_checkpoint(Path(self.config.out_dir) / name, self.model, **state)
             except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-                tqdm.write(f"warning: {name} could not be saved ({error}); training goes on")
+                tqdm.write(f"warning: {name} could not be saved ({error})")
+                return False
+        return True
 
     def restore(self, checkpoint: dict) -> None:
         """Continue where the checkpoint was written. The model has its weights already."""
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
-        torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["rng"]["cuda"]])
-        self.step, self.best = checkpoint["step"], checkpoint["best"]
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):  # what is given now holds
+            group |= {"weight_decay": decay, "betas": (self.config.beta1, self.config.beta2)}
+        if self.scaler.is_enabled() and checkpoint["scaler"]:  # another GPU may need another dtype
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"].cpu())
+        for name in ("step", "evaluated", "best"):
+            setattr(self, name, checkpoint[name])
 
 
 def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) -> Run:
@@ -232,7 +253,7 @@ def compile_or_explain(run: Run) -> MoEGPT:
         losses(run, *batch(run, 0))[0].backward()
     except Exception as error:
         if run.config.compile == "true":
-            raise
+            raise ValueError(f"compile is true, but torch.compile fails here with {error}") from error
         print(f"compile   off after all: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
         compiled = run.model
     run.optimizer.zero_grad()
@@ -291,7 +312,7 @@ def train_step(run: Run) -> Tensor:
     if config.bias_rate:
         layers = [block.mlp for block in run.model.blocks if isinstance(block.mlp, MoE)]
         for layer, layer_load in zip(layers, load, strict=True):
-            layer.bias.copy_(loss_free_update(layer.bias, layer_load.float(), config.bias_rate))
+            layer.bias.copy_(loss_free_update(layer.bias, layer_load, config.bias_rate))
     run.step += 1
     return torch.stack([mean_loss, norm])
 
@@ -402,15 +423,15 @@ class Meter:
         self.loss, norm = torch.stack(self.pending).mean(0).tolist()
         seconds = time.perf_counter() - self.start
         self.tokens_per_second = len(self.pending) * run.config.tokens_per_iter / seconds
+        scaled = run.scaler.is_enabled()  # float16 skips the iterations whose gradient overflows
+        if not math.isfinite(self.loss) or not (scaled or math.isfinite(norm)):
+            raise Diverged(f"the loss became {self.loss:.4g} (gradient {norm:.4g}) at iteration {run.step}")
         lr = learning_rate(run.config, run.step - 1)
         speed = round(self.tokens_per_second)
         self.log.write(
             kind="train", step=run.step, loss=self.loss, grad_norm=norm, lr=lr, tokens_per_second=speed
         )
         self.restart()
-        scaled = run.scaler.is_enabled()  # float16 skips the iterations whose gradient overflows
-        if not math.isfinite(self.loss) or not (scaled or math.isfinite(norm)):
-            raise Diverged(f"the loss became {self.loss:.4g} (gradient {norm:.4g}) at iteration {run.step}")
 
 
 class Interrupt:
@@ -442,35 +463,38 @@ def evaluate_and_save(run: Run, meter: Meter) -> None:
     causal = evaluate(run, ROUTERS[router].decode)
     as_trained = causal if ROUTERS[router].causal else evaluate(run, router)
     tqdm.write(table_line(run.step, meter.loss, causal, as_trained, meter.tokens_per_second))
-    meter.log.write(kind="eval", step=run.step, causal=causal, as_trained=as_trained)
     if not math.isfinite(causal["loss"]):
         raise Diverged(f"the validation loss became {causal['loss']:.4g} at iteration {run.step}")
+    meter.log.write(kind="eval", step=run.step, causal=causal, as_trained=as_trained)
     better = causal["loss"] < run.best
-    run.best = min(run.best, causal["loss"])
+    run.best, run.evaluated = min(run.best, causal["loss"]), run.step
     run.save("last.pt", *["best.pt"] * better)
     meter.restart()
 
 
 def train(run: Run) -> bool:
     """Run the iterations that are left; True if they were all run, False after Ctrl-C. Raises Diverged."""
-    config, evaluated = run.config, run.step if run.config.init_from == "resume" else -1
+    config = run.config
     meter = Meter(Log(Path(config.out_dir) / "log.jsonl", run.step))
     print("\n" + HEADER.format(as_trained=f"under {config.router}"))
     with Interrupt() as interrupt, tqdm(total=config.max_iters, initial=run.step, disable=None) as bar:
         while run.step < config.max_iters and not interrupt.wished:
-            if run.step % config.eval_interval == 0 and run.step != evaluated:
+            if run.step % config.eval_interval == 0 and run.step != run.evaluated:
                 evaluate_and_save(run, meter)
             meter.pending.append(train_step(run))
             bar.update()
             if run.step % config.log_interval == 0:
                 meter.read(run)
                 bar.set_postfix_str(f"loss {meter.loss:.3f}, {meter.tokens_per_second:,.0f} tokens/s")
-        if run.step >= config.max_iters:
+        finished = run.step >= config.max_iters
+        if not finished:
+            meter.read(run)
+            if run.save("last.pt"):
+                tqdm.write(f"\nsaved iteration {run.step}; go on with:")
+                tqdm.write(f"  python train.py --init_from=resume --out_dir={shlex.quote(config.out_dir)}")
+        elif run.step != run.evaluated:
             evaluate_and_save(run, meter)
-            return True
-        meter.read(run)
-        run.save("last.pt")
-        return False
+        return finished
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -482,7 +506,8 @@ def prepare_out_dir(config: TrainConfig) -> None:
     ValueError."""
     folder = Path(config.out_dir)
     try:
-        if config.init_from != "resume" and (folder / "log.jsonl").exists():
+        old = any((folder / name).exists() for name in ("log.jsonl", "last.pt", "best.pt"))
+        if old and config.init_from != "resume":
             number = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
             folder.rename(f"{folder}.{number}")
             print(f"the run that was in {folder} is now in {folder}.{number}")
@@ -526,21 +551,23 @@ def main(argv: list[str]) -> None:
     with bad_input_exits():
         config, checkpoint = read_config(argv)
         config, dataset = open_dataset(config, checkpoint)
-        prepare_out_dir(config)
         run = set_up(config, dataset, checkpoint)
+        prepare_out_dir(config)
     print(describe(run))
     try:
         finished = train(run)
     except Diverged as error:
-        kept = f"{config.out_dir}/last.pt is the last good checkpoint"
+        kept = (
+            f"{config.out_dir}/last.pt has iteration {run.evaluated}"
+            if run.evaluated >= 0
+            else "nothing was saved"
+        )
         print(
             f"error: {error}; {kept}. Lower learning_rate ({config.learning_rate:g}) and resume it",
             file=sys.stderr,
         )
         sys.exit(2)
     if not finished:
-        print(f"\nsaved iteration {run.step}; go on with:")
-        print(f"  python train.py --init_from=resume --out_dir={config.out_dir}")
         sys.exit(130)
     if config.sample_tokens:
         print_sample(run)

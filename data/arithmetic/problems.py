@@ -1,9 +1,12 @@
-"""Word problems of 1 to 5 steps: somebody has a number of things, events change it, a question is asked.
+"""Word problems of 1 to 5 steps: there is a number of things, events change it, a question is asked.
 
 Every sentence comes from a table below. Slots: {A} and {B} people ({his}: A's), {x} the things, {n} an
-amount, {k} a small factor, {m} the things in one pack, {q} an equation such as "12 + 7 = 19".
+amount, {k} a small factor, {m} the things in one pack. A worked step repeats its event and adds the equation:
+"Ida gives Tom 7 marbles: 12 + 7 = 19 marbles.", so that words and operands can be copied and only the result
+must be computed.
 """
 
+import operator
 import random
 from dataclasses import dataclass, field
 
@@ -11,153 +14,118 @@ LEVELS = range(1, 6)
 MAX_AMOUNT = 99
 HE = "Ali Ben Hugo Ivan Ken Leo Max Noah Omar Tom".split()
 SHE = "Ana Eva Ida Jane Lily Maya Nina Rosa Sara Zoe".split()
+COMPUTE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A setting. `gain` and `lose`: events of one step; `pack`: of two; `last`: (questions, worked step)."""
+    """A setting. `gain`, `lose`: events of one step; `pack`: of two; `last`: event, question, unit."""
 
     things: list[str]
     start: list[str]
     gain: list[str]
     lose: list[str]
-    pack: tuple[str, str]
+    pack: str
     ask: list[str]
-    more: list[str]
-    less: list[str]
-    last: dict[str, tuple[str, str]]
+    last: dict[str, tuple[str, str, str]]
 
 
 FRIENDS = {
-    "times": ("{B} has {k} times as many {x} as {A}. How many {x} does {B} have?", "{B} has {q} {x}."),
-    "plus": ("{B} has {n} more {x} than {A}. How many {x} does {B} have?", "{B} has {q} {x}."),
-    "minus": ("{B} has {n} fewer {x} than {A}. How many {x} does {B} have?", "{B} has {q} {x}."),
-    "sum": ("{B} has {n} {x}. How many {x} do {A} and {B} have together?", "Together they have {q} {x}."),
+    "times": ("{B} has {k} times as many {x} as {A}", "How many {x} does {B} have?", "{x}"),
+    "plus": ("{B} has {n} more {x} than {A}", "How many {x} does {B} have?", "{x}"),
+    "minus": ("{B} has {n} fewer {x} than {A}", "How many {x} does {B} have?", "{x}"),
+    "sum": ("{B} has {n} {x} too", "How many {x} do {A} and {B} have together?", "{x}"),
 }
 SHARING = {
     "share": (
-        "{A} divides all of {his} {x} equally among {k} children. How many {x} does each child get?",
-        "Each child gets {q} {x}.",
+        "{A} divides all of {his} {x} equally among {k} children",
+        "How many {x} does each child get?",
+        "{x}",
     ),
-    "fill": (
-        "{A} puts all of {his} {x} into bags of {k}. How many bags does {A} fill?",
-        "{A} fills {q} bags.",
-    ),
-    "price": (
-        "{A} sells all of {his} {x} for {k} dollars each. How many dollars does {A} get?",
-        "{A} gets {q} dollars.",
-    ),
+    "fill": ("{A} puts all of {his} {x} into bags of {k}", "How many bags does {A} fill?", "bags"),
+    "price": ("{A} sells all of {his} {x} for {k} dollars each", "How many dollars does {A} get?", "dollars"),
 }
-MORE = ["Now {A} has {q} {x}.", "That makes {q} {x}.", "So {A} has {q} {x}."]
-LESS = ["Now {A} has {q} {x}.", "That leaves {q} {x}.", "So {A} has {q} {x} left."]
+BUSES = {
+    "price": ("All {x} pay {k} dollars each", "How many dollars do they pay together?", "dollars"),
+    "fill": ("All {x} form teams of {k}", "How many teams are there?", "teams"),
+    "plus": ("Another bus has {n} more {x} than this one", "How many {x} does it have?", "{x}"),
+    "minus": ("Another bus has {n} fewer {x} than this one", "How many {x} does it have?", "{x}"),
+}
+PENS = {"fill": ("{A} spends it all on pens for {k} dollars each", "How many pens does {A} buy?", "pens")}
+ASK = ["How many {x} does {A} have now?", "How many {x} are there in the end?"]
 
 SCENES = [
     Scene(
         things="badges balloons beads buttons cards coins crayons marbles pencils stamps stickers".split(),
-        start=[
-            "{A} has {n} {x}.",
-            "{A} owns {n} {x}.",
-            "{A} keeps {n} {x} in a box.",
-            "There are {n} {x} on {A}'s desk.",
-        ],
+        start=["{A} has {n} {x}", "{A} owns {n} {x}", "{A} keeps {n} {x} in a box"],
         gain=[
-            "{A} finds {n} more {x}.",
-            "{B} gives {A} {n} {x}.",
-            "Then {A} buys {n} more {x}.",
-            "{A} wins {n} {x}.",
+            "{A} finds {n} more {x}",
+            "{B} gives {A} {n} {x}",
+            "Then {A} buys {n} more {x}",
+            "{A} wins {n} {x}",
         ],
         lose=[
-            "{A} loses {n} {x}.",
-            "{A} gives {n} {x} to {B}.",
-            "Then {A} sells {n} {x}.",
-            "{B} takes {n} of the {x}.",
+            "{A} loses {n} {x}",
+            "{A} gives {n} {x} to {B}",
+            "Then {A} sells {n} {x}",
+            "{B} takes {n} of the {x}",
         ],
-        pack=("{A} buys {k} bags with {m} {x} each.", "The bags hold {q} {x}."),
-        ask=["How many {x} does {A} have now?", "How many {x} are there in the end?"],
-        more=MORE,
-        less=LESS,
+        pack="{A} buys {k} bags with {m} {x} each",
+        ask=ASK,
         last=FRIENDS | SHARING,
     ),
     Scene(
         things="buns cakes cookies muffins pancakes pies pretzels rolls waffles".split(),
-        start=["{A} bakes {n} {x}.", "{A} makes {n} {x} for a party.", "On Monday {A} bakes {n} {x}."],
-        gain=["Then {A} bakes {n} more {x}.", "{B} brings {A} {n} {x}.", "{A} makes another {n} {x}."],
+        start=["{A} bakes {n} {x}", "{A} makes {n} {x} for a party", "On Monday {A} bakes {n} {x}"],
+        gain=["Then {A} bakes {n} more {x}", "{B} brings {A} {n} {x}", "{A} makes another {n} {x}"],
         lose=[
-            "{A} sells {n} {x}.",
-            "The guests eat {n} of the {x}.",
-            "{A} gives {n} {x} to {B}.",
-            "{n} of the {x} burn.",
+            "{A} sells {n} {x}",
+            "The guests eat {n} of the {x}",
+            "{A} gives {n} {x} to {B}",
+            "{n} of the {x} burn",
         ],
-        pack=("{A} fills {k} trays with {m} new {x} each.", "The trays hold {q} {x}."),
-        ask=["How many {x} does {A} have now?", "How many {x} are there in the end?"],
-        more=MORE,
-        less=LESS,
+        pack="{A} fills {k} trays with {m} new {x} each",
+        ask=ASK,
         last=FRIENDS | SHARING,
     ),
     Scene(
         things="apples carrots cherries lemons onions peaches pears plums potatoes tomatoes".split(),
         start=[
-            "{A} picks {n} {x}.",
-            "{A} harvests {n} {x} from the garden.",
-            "In the morning {A} gathers {n} {x}.",
+            "{A} picks {n} {x}",
+            "{A} harvests {n} {x} from the garden",
+            "In the morning {A} gathers {n} {x}",
         ],
-        gain=["{A} picks {n} more {x}.", "{B} gives {A} {n} {x}.", "Then {A} gathers another {n} {x}."],
-        lose=["{A} cooks {n} of the {x}.", "{A} throws away {n} bad {x}.", "{A} gives {n} {x} to {B}."],
-        pack=("{A} gets {k} baskets with {m} {x} each.", "The baskets hold {q} {x}."),
-        ask=["How many {x} does {A} have now?", "How many {x} are there in the end?"],
-        more=MORE,
-        less=LESS,
+        gain=["{A} picks {n} more {x}", "{B} gives {A} {n} {x}", "Then {A} gathers another {n} {x}"],
+        lose=["{A} cooks {n} of the {x}", "{A} throws away {n} bad {x}", "{A} gives {n} {x} to {B}"],
+        pack="{A} gets {k} baskets with {m} {x} each",
+        ask=ASK,
         last=FRIENDS | SHARING,
     ),
     Scene(
         things=["dollars"],
-        start=["{A} has {n} dollars.", "{A} earns {n} dollars.", "There are {n} dollars in {A}'s purse."],
+        start=["{A} has {n} dollars", "{A} earns {n} dollars", "There are {n} dollars in {A}'s purse"],
         gain=[
-            "{A} finds {n} dollars.",
-            "{B} gives {A} {n} dollars.",
-            "{A} gets {n} dollars for cleaning a car.",
+            "{A} finds {n} dollars",
+            "{B} gives {A} {n} dollars",
+            "{A} gets {n} dollars for cleaning a car",
         ],
-        lose=["{A} spends {n} dollars.", "{A} pays {n} dollars for a book.", "{A} gives {n} dollars to {B}."],
-        pack=("{A} works {k} hours for {m} dollars an hour.", "The work brings {q} dollars."),
-        ask=["How many dollars does {A} have now?", "How much money does {A} have in the end?"],
-        more=MORE,
-        less=LESS,
-        last=FRIENDS
-        | {
-            "fill": (
-                "{A} spends it all on pens for {k} dollars each. How many pens does {A} buy?",
-                "{A} buys {q} pens.",
-            )
-        },
+        lose=["{A} spends {n} dollars", "{A} pays {n} dollars for a book", "{A} gives {n} dollars to {B}"],
+        pack="{A} works {k} hours for {m} dollars an hour",
+        ask=ASK,
+        last=FRIENDS | PENS,
     ),
     Scene(
         things="children passengers players students tourists workers".split(),
-        start=["There are {n} {x} on a bus.", "A bus leaves with {n} {x}.", "{A} drives a bus with {n} {x}."],
-        gain=["Then {n} more {x} get on.", "At the park {n} {x} get on.", "At the next stop {n} {x} get on."],
+        start=["There are {n} {x} on a bus", "A bus leaves with {n} {x}", "{A} drives a bus with {n} {x}"],
+        gain=["Then {n} more {x} get on", "At the park {n} {x} get on", "At the next stop {n} {x} get on"],
         lose=[
-            "Then {n} {x} get off.",
-            "At the bridge {n} {x} get off.",
-            "At the next stop {n} {x} leave the bus.",
+            "Then {n} {x} get off",
+            "At the bridge {n} {x} get off",
+            "At the next stop {n} {x} leave the bus",
         ],
-        pack=("At the station {k} groups of {m} {x} get on.", "The groups bring {q} {x}."),
+        pack="At the station {k} groups of {m} {x} get on",
         ask=["How many {x} are on the bus now?", "How many {x} are there in the end?"],
-        more=["Now there are {q} {x}.", "That makes {q} {x}.", "So the bus carries {q} {x}."],
-        less=["Now there are {q} {x}.", "That leaves {q} {x}.", "So the bus carries {q} {x}."],
-        last={
-            "price": (
-                "All {x} pay {k} dollars each. How many dollars do they pay together?",
-                "They pay {q} dollars.",
-            ),
-            "fill": ("All {x} form teams of {k}. How many teams are there?", "There are {q} teams."),
-            "plus": (
-                "Another bus has {n} more {x} than this one. How many {x} does it have?",
-                "It has {q} {x}.",
-            ),
-            "minus": (
-                "Another bus has {n} fewer {x} than this one. How many {x} does it have?",
-                "It has {q} {x}.",
-            ),
-        },
+        last=BUSES,
     ),
 ]
 
@@ -171,16 +139,20 @@ class Story:
     slots: dict[str, str]
     amount: int
     question: list[str] = field(default_factory=list)
-    steps: list[str] = field(default_factory=list)
+    answer: list[str] = field(default_factory=list)
+    steps: int = 0
 
-    def tell(self, template: str, **numbers: int) -> None:
-        """Add a sentence to the question."""
-        self.question.append(template.format(**self.slots, **numbers))
+    def tell(self, template: str, **numbers: int) -> str:
+        """Add a sentence to the question; returns it without its full stop."""
+        sentence = template.format(**self.slots, **numbers)
+        self.question.append(sentence + ".")
+        return sentence
 
-    def work(self, template: str, left: int, sign: str, right: int) -> int:
+    def work(self, event: str, left: int, sign: str, right: int, unit: str = "{x}") -> int:
         """Add a worked step, and return its result."""
-        result = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[sign]
-        self.steps.append(template.format(**self.slots, q=f"{left} {sign} {right} = {result}"))
+        result = COMPUTE[sign](left, right)
+        self.answer.append(f"{event}: {left} {sign} {right} = {result} {unit.format(**self.slots)}.")
+        self.steps += 1
         return result
 
 
@@ -188,23 +160,23 @@ def make_problem(rng: random.Random, level: int) -> dict:
     """A problem of `level` steps: "question", "answer" (last line "#### result"), "level", "result"."""
     story = _begin(rng)
     last = rng.random() < 0.5
-    while len(story.steps) < level - last:
-        _event(story, room=level - last - len(story.steps))
-    if not (last and _last_step(story)):
-        while len(story.steps) < level:
-            _event(story, room=1)
-        story.tell(rng.choice(story.scene.ask))
-    answer = "\n".join([*story.steps, f"#### {story.amount}"])
-    return {"question": " ".join(story.question), "answer": answer, "level": level, "result": story.amount}
+    while story.steps < level - last:
+        _event(story, room=level - last - story.steps)
+    asked = _last_step(story) if last else None
+    while story.steps < level:
+        _event(story, room=1)
+    question = " ".join([*story.question, asked or rng.choice(story.scene.ask).format(**story.slots)])
+    answer = "\n".join([*story.answer, f"#### {story.amount}"])
+    return {"question": question, "answer": answer, "level": level, "result": story.amount}
 
 
 def _begin(rng: random.Random) -> Story:
     scene = rng.choice(SCENES)
-    a = rng.choice(HE + SHE)
-    b = rng.choice([name for name in HE + SHE if name != a])
+    a, b = rng.sample(HE + SHE, 2)
     slots = {"A": a, "B": b, "his": "his" if a in HE else "her", "x": rng.choice(scene.things)}
     story = Story(rng, scene, slots, amount=rng.randint(3, 9))
     story.tell(rng.choice(scene.start), n=story.amount)
+    story.answer.append(f"At first: {story.amount} {slots['x']}.")
     return story
 
 
@@ -213,31 +185,25 @@ def _event(story: Story, room: int) -> None:
     rng, scene, amount = story.rng, story.scene, story.amount
     losses = [n for n in range(2, min(9, amount) + 1) if amount - n != 1]
     gain = min(9, MAX_AMOUNT - amount)
-    kinds = (
-        ["lose"] * bool(losses)
-        + ["gain"] * (gain >= 2)
-        + ["pack"] * (room >= 2 and amount <= MAX_AMOUNT - 45)
-    )
-    kind = rng.choice(kinds)
+    pack = room >= 2 and amount <= MAX_AMOUNT - 45
+    kind = rng.choice(["lose"] * bool(losses) + ["gain"] * (gain >= 2) + ["pack"] * pack)
     if kind == "lose":
         n = rng.choice(losses)
-        story.tell(rng.choice(scene.lose), n=n)
-        story.amount = story.work(rng.choice(scene.less), amount, "-", n)
+        story.amount = story.work(story.tell(rng.choice(scene.lose), n=n), amount, "-", n)
     elif kind == "gain":
         n = rng.randint(2, gain)
-        story.tell(rng.choice(scene.gain), n=n)
-        story.amount = story.work(rng.choice(scene.more), amount, "+", n)
+        story.amount = story.work(story.tell(rng.choice(scene.gain), n=n), amount, "+", n)
     else:
         k, m = rng.randint(2, 5), rng.randint(2, 9)
-        story.tell(scene.pack[0], k=k, m=m)
-        story.amount = story.work(rng.choice(scene.more), amount, "+", story.work(scene.pack[1], k, "*", m))
+        packed = story.work(story.tell(scene.pack, k=k, m=m), k, "*", m)
+        story.amount = story.work("In all", amount, "+", packed)
 
 
-def _last_step(story: Story) -> bool:
-    """End with a question that takes one step itself; False if the scene has none that suits the amount."""
+def _last_step(story: Story) -> str | None:
+    """Add an event with a question of its own, which is returned; None if no event suits the amount."""
     amount, rng = story.amount, story.rng
     divisors = [k for k in range(2, 10) if amount % k == 0 and amount > k]
-    factors, terms = list(range(2, 6)), list(range(2, 10))
+    factors, terms = range(2, 6), range(2, 10)
     operands = {
         "times": ("*", factors),
         "price": ("*", factors),
@@ -249,11 +215,10 @@ def _last_step(story: Story) -> bool:
     }
     kinds = [kind for kind in story.scene.last if operands[kind][1] and amount > 1]
     if not kinds:
-        return False
+        return None
     kind = rng.choice(kinds)
     sign, numbers = operands[kind]
     n = rng.choice(numbers)
-    question, worked = story.scene.last[kind]
-    story.tell(question, n=n, k=n)
-    story.amount = story.work(worked, amount, sign, n)
-    return True
+    event, question, unit = story.scene.last[kind]
+    story.amount = story.work(story.tell(event, n=n, k=n), amount, sign, n, unit)
+    return question.format(**story.slots)
