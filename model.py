@@ -300,9 +300,9 @@ def run_experts(
     sort_pairs -> (S, C) float32. An expert without tokens costs nothing and gets a zero gradient.
     """
     pair, token, ends = sort_pairs(mask, size)
-    h = swiglu(F.grouped_mm(x[token], w_in, offs=ends))  # (N, H)
+    h = swiglu(F.grouped_mm(x.index_select(0, token), w_in, offs=ends))  # (N, H)
     y = F.grouped_mm(h, w_out, offs=ends)  # (N, C)
-    pair_weight = torch.where(pair < 0, 0, weight.T.reshape(-1)[pair])  # (N,)
+    pair_weight = torch.where(pair < 0, 0, weight.T.reshape(-1).index_select(0, pair.clamp(min=0)))  # (N,)
     return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, y * pair_weight.unsqueeze(-1))
 
 
@@ -568,9 +568,11 @@ class MoEGPT(nn.Module):
         quoted in these.
         """
         _, active = self.n_params()
-        looked_up = 0 if self.config.tie_embeddings else self.embedding.weight.numel()
+        unmultiplied = sum(parameter.numel() for parameter in self.parameters() if parameter.dim() < 2)
+        if not self.config.tie_embeddings:
+            unmultiplied += self.embedding.weight.numel()
         attention = 4 * self.config.n_layer * self.config.n_embd * tokens
-        return 3 * (2 * (active - looked_up) + attention)
+        return 3 * (2 * (active - unmultiplied) + attention)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, **changes) -> "MoEGPT":
@@ -578,11 +580,20 @@ class MoEGPT(nn.Module):
 
         Raises ValueError when its weights do not fit the changed config.
         """
-        model, weights = cls(replace(MoEConfig(**checkpoint["config"]), **changes)), checkpoint["model"]
-        for name, tensor in model.state_dict().items():
-            here, there = tuple(tensor.shape), tuple(weights[name].shape) if name in weights else "missing"
+        old = MoEConfig(**checkpoint["config"])
+        model = cls(replace(old, **changes))
+        tied = model.config.tie_embeddings  # alone has no say in the shapes
+        require(
+            tied == old.tie_embeddings, "tie_embeddings", tied, f"{old.tie_embeddings} as in the checkpoint"
+        )
+        shapes, saved = (
+            {name: tuple(tensor.shape) for name, tensor in weights.items()}
+            for weights in (model.state_dict(), checkpoint["model"])
+        )
+        for name in [*shapes, *saved]:
+            here, there = shapes.get(name, "missing"), saved.get(name, "missing")
             require(here == there, f"{name} in the checkpoint", there, f"{here} in this architecture")
-        model.load_state_dict(weights)
+        model.load_state_dict(checkpoint["model"])
         return model
 
 

@@ -323,7 +323,8 @@ def load_balance_loss(scores: Tensor, mask: Tensor) -> Tensor:
     scores (..., E), mask (..., E) -> scalar; its gradient flows through P only.
     """
     share = mask.flatten(0, -2).sum(0) / mask.sum().clamp(min=1)
-    probability = (scores / scores.sum(-1, keepdim=True)).flatten(0, -2).mean(0)
+    total = scores.sum(-1, keepdim=True).clamp(min=1e-9)  # sigmoids may all be 0
+    probability = (scores / total).flatten(0, -2).mean(0)
     return scores.shape[-1] * (share * probability).sum()
 
 

@@ -4,7 +4,10 @@ Every choice here is made by Python's sorted() on (-score, position), so ties fo
 within a token the lower expert index wins, between tokens the earlier one (and the earlier sequence first).
 
 B sequences, T tokens in each, E experts, k experts per token on average.
+S tokens in the batch, C model width, H hidden width of an expert, D width of an attention head, V vocabulary.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -89,3 +92,123 @@ def ref_expert_choice(scores: Tensor, k: int) -> Tensor:
         for _, e, t in sorted(next_best)[:spare]:
             mask[b][t][e] = True
     return torch.tensor(mask)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The MoE layer
+
+
+def ref_swiglu(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """x (C,), w_in (C, 2H) whose first H columns are the gate's, w_out (H, C) -> (C,)."""
+    gate, up = x @ w_in[:, : len(w_out)], x @ w_in[:, len(w_out) :]
+    return (gate / (1 + torch.exp(-gate)) * up) @ w_out
+
+
+def ref_run_experts(x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """x (S, C); mask, weight (S, E); w_in (E, C, 2H); w_out (E, H, C) -> (S, C)."""
+    y = []
+    for s in range(len(x)):
+        parts = [0 * x[s]]
+        for e in range(len(w_in)):
+            if mask[s, e]:
+                parts.append(weight[s, e] * ref_swiglu(x[s], w_in[e], w_out[e]))
+        y.append(torch.stack(parts).sum(0))
+    return torch.stack(y)
+
+
+def ref_scores(logits: Tensor, score_fn: str) -> Tensor:
+    if score_fn == "sigmoid":
+        return 1 / (1 + torch.exp(-logits))
+    odds = torch.exp(logits - logits.amax(-1, keepdim=True))
+    return odds / odds.sum(-1, keepdim=True)
+
+
+def ref_weight(scores: Tensor, mask: Tensor, norm_topk: bool) -> Tensor:
+    """What multiplies the experts' outputs (S, E): scores, or shares of the chosen ones."""
+    chosen = torch.where(mask, scores, 0)
+    return chosen / chosen.sum(-1, keepdim=True) if norm_topk else chosen
+
+
+def ref_moe(x: Tensor, w: dict[str, Tensor], config, select: Callable) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer with parameters w on one sequence x (T, C); `select` is a router, its settings filled in.
+
+    Returns y (T, C), scores (T, E), mask (T, E).
+    """
+    scores = ref_scores(x @ w["gate.weight"].T, config.score_fn)
+    mask = select((scores.detach() + w["bias"]).unsqueeze(0)).squeeze(0)
+    weight = ref_weight(scores, mask, config.norm_topk)
+    y = ref_run_experts(x, mask, weight, w["w_in"], w["w_out"])
+    return (y + ref_mlp(x, w, "shared.") if config.shared_hidden else y), scores, mask
+
+
+def ref_mlp(x: Tensor, w: dict[str, Tensor], prefix: str = "") -> Tensor:
+    w_in, w_out = w[prefix + "w_in.weight"], w[prefix + "w_out.weight"]
+    return torch.stack([ref_swiglu(token, w_in.T, w_out.T) for token in x])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model
+
+
+def ref_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return gain * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def ref_rotate(x: Tensor, position: int, theta: float) -> Tensor:
+    """x (D,): the pair (x[i], x[i + D/2]) is a complex number, turned by position * theta^(-2i / D)."""
+    half = len(x) // 2
+    angle = torch.tensor([position * theta ** (-i / half) for i in range(half)])
+    turned = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half), angle)
+    return torch.cat([turned.real, turned.imag])
+
+
+def ref_heads(x: Tensor, w: dict[str, Tensor], config) -> tuple[list, list, list]:
+    """Queries, keys and values of one token x (C,): lists of heads (D,), not yet rotated."""
+    D, n_q, n_kv = config.head_dim, config.n_head, config.kv_heads
+    q, k, v = (w["qkv.weight"] @ x).split([n_q * D, n_kv * D, n_kv * D])
+    if config.qk_norm == "full":
+        q, k = (ref_norm(a, w[f"{name}_norm.weight"], config.norm_eps) for a, name in ((q, "q"), (k, "k")))
+    q, k, v = list(q.split(D)), list(k.split(D)), list(v.split(D))
+    if config.qk_norm == "head":
+        q = [ref_norm(head, w["q_norm.weight"], config.norm_eps) for head in q]
+        k = [ref_norm(head, w["k_norm.weight"], config.norm_eps) for head in k]
+    return q, k, v
+
+
+def ref_attention(x: Tensor, w: dict[str, Tensor], config) -> Tensor:
+    """One sequence x (T, C) -> (T, C)."""
+    q, k, v = zip(*(ref_heads(token, w, config) for token in x))
+    group = config.n_head // config.kv_heads  # neighbouring query heads that share a key head
+    y = []
+    for t in range(len(x)):
+        heads = []
+        for h in range(config.n_head):
+            query = ref_rotate(q[t][h], t, config.rope_theta)
+            keys = [ref_rotate(k[s][h // group], s, config.rope_theta) for s in range(t + 1)]
+            logits = torch.stack([query @ key for key in keys]) / config.head_dim**0.5
+            share = ref_scores(logits, "softmax")
+            heads.append(sum(share[s] * v[s][h // group] for s in range(t + 1)))
+        y.append(w["out.weight"] @ torch.cat(heads))
+    return torch.stack(y)
+
+
+def ref_model(model, idx: Tensor, select: Callable) -> Tensor:
+    """Logits (T, V) of one sequence idx (T,) under the router `select`."""
+    config, weights = model.config, model.state_dict()
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: w for name, w in weights.items() if name.startswith(prefix)}
+
+    x = weights["embedding.weight"][idx]
+    for layer in range(config.n_layer):
+        w = under(f"blocks.{layer}.")
+        x = x + ref_attention(
+            ref_norm(x, w["attention_norm.weight"], config.norm_eps),
+            under(f"blocks.{layer}.attention."),
+            config,
+        )
+        h, mlp = ref_norm(x, w["mlp_norm.weight"], config.norm_eps), under(f"blocks.{layer}.mlp.")
+        dense = layer < config.n_dense_layer or config.n_expert == 1
+        x = x + (ref_mlp(h, mlp) if dense else ref_moe(h, mlp, config, select)[0])
+    head = weights["embedding.weight" if config.tie_embeddings else "head.weight"]
+    return ref_norm(x, weights["norm.weight"], config.norm_eps) @ head.T

@@ -1,0 +1,268 @@
+"""bench.py: every part runs at toy sizes and gives the promised figures; the statistics are right."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench
+import data
+from bench import Bench, BenchConfig
+from config import bad_input_exits
+from model import MoEConfig, MoEGPT, save_checkpoint
+from router import online_seqtopk
+
+SIZES = {"n_embd": 16, "n_hidden": 8, "n_expert": 8, "k": 2, "n_head": 2, "n_layer": 2, "vocab_size": 64}
+TOY = [f"--{key}={value}" for key, value in SIZES.items()]
+TOY += ["--batch_size=2", "--tokens=16", "--effort=0", "--device=cpu"]
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+
+
+@pytest.fixture
+def run(capsys):
+    """Run bench.py; returns what its last line says, and all that it printed."""
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as stop:
+            bench.main([*argv])
+        out = capsys.readouterr().out
+        assert stop.value.code == 0
+        return json.loads(out.splitlines()[-1]), out
+
+    return run
+
+
+@pytest.fixture
+def toy():
+    """A Bench whose clock is a counter: the nth call takes n seconds."""
+
+    class Toy(Bench):
+        def seconds(self, call):
+            call()
+            return float(len(log))
+
+    log = []
+    toy = Toy(BenchConfig(effort=0), torch.device("cpu"), torch.float32, False)
+    return SimpleNamespace(bench=toy, log=log)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- statistics
+
+
+def test_ratio_is_the_median_of_pairs_and_not_the_ratio_of_medians():
+    slow, fast = [2.0, 30.0, 8.0, 10.0, 6.0], [1.0, 10.0, 8.0, 1.0, 4.0]
+    assert bench.ratio(slow, fast) == [2.0, 1.5, 3.0]  # of 2, 3, 1, 10, 1.5
+    assert bench.ratio(fast, fast) == [1, 1, 1]
+
+
+def test_ratio_survives_a_disturbed_round():
+    """One pair that was disturbed, whichever side it hit, leaves the median where it was."""
+    a, b = [1.0] * 9, [2.0] * 9
+    assert bench.ratio([50.0] + a[1:], b)[0] == bench.ratio(a, [50.0] + b[1:])[0] == 0.5
+
+
+def test_interleave_takes_turns_and_drops_the_warm_up(toy):
+    """Rounds go A B A B ..., each call prepared before it, and the first round does not count."""
+    calls = {name: lambda name=name: toy.log.append(name) for name in "AB"}
+    prepared = []
+    times = toy.bench.interleave(calls, 1.0, prepared.append)
+    rounds = 1 + bench.MIN_ROUNDS
+    assert toy.log == prepared == ["A", "B"] * rounds
+    assert times == {"A": [3.0, 5.0, 7.0, 9.0, 11.0], "B": [4.0, 6.0, 8.0, 10.0, 12.0]}
+
+
+def test_wilson_interval_by_hand():
+    """8 of 10 is the textbook's example: 0.490 to 0.943; none and all stay within 0 and 1."""
+    assert bench.wilson(8, 10) == pytest.approx([0.8, 0.4902, 0.9433], abs=1e-4)
+    assert bench.wilson(0, 7)[:2] == [0, 0] and bench.wilson(7, 7)[::2] == [1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- the parts
+
+FIELDS = {
+    "router": {"ms", "us per token", "time/topk"},
+    "layer": {"ms", "GFLOP/s", "of matmul", "speed/dense"},
+    "train": {"tokens/s", "GFLOP/s", "MFU %", "peak GB", "time/topk", "paper"},
+    "decode": {"topk tokens/s", "seqtopk", "speed/topk", "prefill tokens/s", "KV MB", "expert MB", "paper"},
+    "cache": {"us per step", "time/16"},
+    "peers": {"ours tokens/s", "theirs", "speed/theirs"},
+}
+
+
+@pytest.mark.parametrize("part", FIELDS)
+def test_part_gives_what_it_promises(part, run):
+    """Explanation, table, and one JSON line with the machine, the versions and the figures of every row."""
+    if part == "peers" and not HAS_TRANSFORMERS:
+        pytest.skip("transformers is not installed")
+    report, out = run(part, *TOY)
+    assert {"machine", "versions", "commit", "seed", "dtype", "command"} <= set(report)
+    assert list(report["parts"]) == [part] and report["failed"] == []
+    rows = report["parts"][part]
+    assert rows[0].keys() >= FIELDS[part]
+    for row in rows:
+        assert row["what"] in out
+        for value in (row[key] for key in row if bench.is_ratio(key) and isinstance(row[key], list)):
+            middle, low, high = value
+            assert 0 < low <= middle <= high
+    assert bench.PARTS[part].__doc__.splitlines()[0] in out
+
+
+def test_rows_name_all_that_is_compared(run):
+    """One row for each router, each layer and pass, each length."""
+    train = run("train", *TOY)[0]["parts"]["train"]
+    assert [row["what"].split(",")[0] for row in train] == list(bench.ROUTERS)
+    cache = run("cache", *TOY, "--tokens=512")[0]["parts"]["cache"]
+    assert [row["what"] for row in cache] == [
+        "batch 2, 128 past tokens",
+        "batch 2, 512 past tokens",
+        "batch 2, 512 past tokens, against ranking anew",
+    ]
+
+
+def test_peers_without_transformers_is_a_line(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    report, out = run("peers", *TOY)
+    assert "skipped: transformers is not installed (pip install transformers)" in out
+    assert report["parts"] == {"peers": []}
+
+
+def test_decoding_is_measured_at_the_context_it_says():
+    """After `fill`, every cache has seen `context` tokens, and the experts chosen are near the budget."""
+    measure = Bench(BenchConfig(**SIZES, effort=0), torch.device("cpu"), torch.float32, False)
+    model = MoEGPT(measure.shape("tiny"))
+    caches = {name: model.new_cache(2, 340, name) for name in ("topk", "online_seqtopk")}
+    bench.fill(measure, model, caches, 2, 300)
+    for cache in caches.values():
+        assert cache.pos == 300 and not cache.padded
+        assert cache.kv[0].k[:, :, :300].abs().sum(-1).all()
+    assert 0.9 * 300 * 2 <= 2 * 300 - 0.1 * 300 and caches["online_seqtopk"].experts[0] is not None
+    _, _, stats = model(torch.randint(64, (2, 20)), cache=caches["online_seqtopk"])
+    assert 1.7 <= stats.experts.float().mean() <= 2.3
+
+
+def test_ranking_anew_is_the_same_rule():
+    """What the Expert Cache is compared with gives the last row of online SeqTopK without the strict budget."""
+    scores = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    expected = online_seqtopk(scores, 3, strict=False)[:, -1]
+    assert torch.equal(bench.rank_anew(scores, 3), expected)
+
+
+def test_a_part_out_of_memory_leaves_the_others(capsys, monkeypatch):
+    """What torch cannot do is reported at the end by exit code 1, with the results of the other parts."""
+
+    def fail(measure):
+        """Fails."""
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(bench, "PARTS", {"broken": fail, "cache": bench.bench_cache})
+    with pytest.raises(SystemExit) as stop:
+        bench.main(TOY)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert stop.value.code == 1 and report["failed"] == ["broken"] and report["parts"]["cache"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- arithmetic
+
+
+@pytest.fixture
+def problems():
+    question, answer = "Tom has {} dollars. Ida gives Tom {}.", "So Tom has {} + {} = {} dollars.\n#### {}"
+    return [
+        {
+            "question": question.format(n, n * "9"),
+            "answer": answer.format(n, n, 2 * n, 2 * n),
+            "level": n % 2 + 1,
+            "result": 2 * n,
+        }
+        for n in range(1, 6)
+    ]
+
+
+@pytest.fixture
+def tokenizer(problems):
+    texts = [bench.prompt_of(problem["question"]) + problem["answer"] for problem in problems]
+    return data.train_bpe(texts, 300, "toy")
+
+
+@pytest.fixture
+def model(tokenizer):
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": tokenizer.vocab_size}
+    model = MoEGPT(MoEConfig(**sizes, router="seqtopk"))
+    for parameter in model.parameters():
+        parameter.data *= 5  # so that routing varies
+    return model
+
+
+@pytest.mark.parametrize("router", ["topk", "online_seqtopk"])
+def test_problems_in_a_batch_are_solved_as_one_by_one(problems, tokenizer, model, router):
+    """Padding changes neither the text nor the experts that a problem gets."""
+    together = bench.solve(model, tokenizer, problems, router)
+    alone = [bench.solve(model, tokenizer, [problem], router)[0] for problem in problems]
+    assert [right for right, _ in together] == [right for right, _ in alone]
+    assert [experts for _, experts in together] == pytest.approx([experts for _, experts in alone], rel=0.02)
+
+
+def test_arithmetic_counts_right_answers_by_level(problems, tokenizer, model, run, tmp_path, monkeypatch):
+    """A model that knows the answers scores 1 where it gives them, and the router is named."""
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    save_checkpoint(tmp_path / "best.pt", model, tokenizer=tokenizer.meta)
+    monkeypatch.setattr(data, "load", lambda name: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr(
+        bench, "solve", lambda model, tokenizer, some, router: [(p["level"] == 2, 2) for p in some]
+    )
+    report, _ = run("arithmetic", f"--out_dir={tmp_path}", "--problems=2", "--batch_size=3", "--device=cpu")
+    rows = report["parts"]["arithmetic"]
+    assert [(row["problems"], row["exact match"][0]) for row in rows] == [(2, 0), (2, 1), (4, 0.5)]
+    assert all("online_seqtopk" in row["what"] for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- keeping and reading
+
+
+def test_json_is_kept_and_tabled(run, tmp_path):
+    """--json keeps what the last line says, and the README's table has a column of each machine."""
+    report, _ = run("cache", *TOY, f"--json={tmp_path}/new/a.json")
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == report
+    other = report | {"machine": "another"}
+    (tmp_path / "new" / "b.json").write_text(json.dumps(other))
+    head, _, *lines = bench.readme_table(tmp_path / "new").splitlines()
+    assert head.endswith(f"| {report['machine']}, float32 | another, float32 |")
+    assert len(lines) == 1 and "against ranking anew" in lines[0] and "at least 25" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], ["trian", "train"]),
+        (["train", "--shape=huge"], ["shape", "huge", "heavy"]),
+        (["--batch_size=0"], ["batch_size", "at least 1"]),
+        (["router", "--k=99"], ["k is 99"]),
+        (["arithmetic", "--out_dir=nowhere"], ["nowhere"]),
+        (["cache", "--json=bench.py/x.json"], ["bench.py"]),
+        (["cache", "--batch=3"], ["batch_size"]),
+    ],
+)
+def test_bad_input_is_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop, bad_input_exits():
+        bench.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert all(word in error for word in words)
+
+
+def test_plot_needs_matplotlib_or_draws(run, tmp_path, capsys):
+    path = tmp_path / "ratios.png"
+    if importlib.util.find_spec("matplotlib"):
+        run("cache", *TOY, f"--plot={path}")
+        assert path.stat().st_size > 1000
+        return
+    with pytest.raises(SystemExit), bad_input_exits():
+        bench.main(["cache", f"--plot={path}"])
+    assert "pip install matplotlib" in capsys.readouterr().err
