@@ -2,15 +2,18 @@
 
     python data/arithmetic/prepare.py
 
-    Question: Tom has 12 marbles. Ida gives Tom 7 marbles. How many marbles does Tom have now?
-    Answer: Now Tom has 12 + 7 = 19 marbles.
-    #### 19
+    Question: Tom has 8 marbles. Ida gives Tom 7 marbles. How many marbles does Tom have now?
+    Answer: At first: 8 marbles.
+    Ida gives Tom 7 marbles: 8 + 7 = 15 marbles.
+    #### 15
 
-The level of a problem is its number of steps, 1 to 5. Which tokens are hard is known: words come from
-templates, operands are copied from the question or from the step before, the digits after "=" must be
-computed. No problem of test.jsonl is in the training or validation text (compared by words and numbers). Its
-sums are: 12 + 7 = 19 occurs in many stories, so the test is of reading and of chains of steps, not of unseen
-sums. Every digit is a token, and the vocabulary has only the characters that occur.
+The level of a problem is its number of equations, 1 to 5. Which tokens are hard is known: in the answer words
+and operands are copied from the question or the line before, and only the digits after "=" are computed; in
+the question names and numbers are random. No problem of test.jsonl is in the training or validation text
+(compared by words and numbers). Its sums are: 8 + 7 = 15 occurs in many stories, so the test is of reading
+and of chains of steps, not of unseen sums. Every digit is a token, and the vocabulary has only the characters
+that occur. Problems have up to 200 tokens: use a block_size of 256 or more, or many answers are cut from
+their questions.
 """
 
 import json
@@ -39,9 +42,7 @@ FINAL_ANSWER = re.compile(r"####[ \t]*(-?[0-9][0-9,]*)(?!\.?[0-9])")
 class Options:
     """Options of data/arithmetic/prepare.py"""
 
-    n_problems: int = (
-        16_000  # problems for training and validation, equally many of each level; 1,000 are 0.25 MB
-    )
+    n_problems: int = 12_000  # for training and validation, equally many of each level; 1,000 are 0.34 MB
     seed: int = 1  # another seed makes other problems
 
 

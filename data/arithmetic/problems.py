@@ -2,7 +2,7 @@
 
 Every sentence comes from a table below. Slots: {A} and {B} people ({his}: A's), {x} the things, {n} an
 amount, {k} a small factor, {m} the things in one pack. A worked step repeats its event and adds the equation:
-"Ida gives Tom 7 marbles: 12 + 7 = 19 marbles.", so that words and operands can be copied and only the result
+"Ida gives Tom 7 marbles: 8 + 7 = 15 marbles.", so that words and operands can be copied and only the result
 must be computed.
 """
 
@@ -181,9 +181,9 @@ def _begin(rng: random.Random) -> Story:
 
 
 def _event(story: Story, room: int) -> None:
-    """Something is gained (one step; two in packs) or lost; a result of 1 would need a singular noun."""
+    """Something is gained (one step; two in packs) or lost; at least two are left, as 1 needs a singular."""
     rng, scene, amount = story.rng, story.scene, story.amount
-    losses = [n for n in range(2, min(9, amount) + 1) if amount - n != 1]
+    losses = range(2, min(9, amount - 2) + 1)
     gain = min(9, MAX_AMOUNT - amount)
     pack = room >= 2 and amount <= MAX_AMOUNT - 45
     kind = rng.choice(["lose"] * bool(losses) + ["gain"] * (gain >= 2) + ["pack"] * pack)
@@ -209,11 +209,11 @@ def _last_step(story: Story) -> str | None:
         "price": ("*", factors),
         "plus": ("+", terms),
         "sum": ("+", terms),
-        "minus": ("-", [n for n in terms if n < amount - 1]),
+        "minus": ("-", range(2, min(9, amount - 2) + 1)),
         "share": ("/", divisors),
         "fill": ("/", divisors),
     }
-    kinds = [kind for kind in story.scene.last if operands[kind][1] and amount > 1]
+    kinds = [kind for kind in story.scene.last if operands[kind][1]]
     if not kinds:
         return None
     kind = rng.choice(kinds)
