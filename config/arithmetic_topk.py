@@ -1,5 +1,8 @@
 # Word problems on two CPU cores in under ten minutes. The vocabulary is small: most work is in the experts.
 dataset = "arithmetic"
 router = "topk"
-block_size = 256
-batch_size = 16
+batch_size = 8
+max_iters = 2200
+learning_rate = 3e-3
+eval_interval = 200
+eval_windows = 64

@@ -1,5 +1,7 @@
 # Python source on two CPU cores: data, training and a sample in under six minutes.
-dataset = "pysource"
-block_size = 256
-batch_size = 16
 router = "topk"
+batch_size = 8  # many small steps learn more in these minutes than few large ones
+max_iters = 700
+learning_rate = 3e-3
+warmup_iters = 50
+eval_windows = 64

@@ -4,12 +4,15 @@ import random
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import router as router_module
+from model import MoEConfig, MoEGPT
 from router import (
     ROUTERS,
     ExpertCache,
@@ -579,14 +582,14 @@ def test_the_stand_in_for_decoding_is_causal(name):
 
 @each_router
 @each_kind
-def test_only_exact_routers_spend_the_whole_budget(name, kind):
-    """Routers that the table calls exact spend B*T*k pairs on any scores; the others never spend more."""
+def test_exact_routers_spend_the_whole_budget(name, kind):
+    """Routers that the table calls exact spend B*T*k pairs on any scores."""
     for seed in SEEDS:
         c = draw(kind, seed)
         B, T, _ = c.scores.shape
         mask = ROUTERS[name].select(c.scores, c.k)
         assert mask.dtype == torch.bool and mask.shape == c.scores.shape
-        assert mask.sum() == B * T * c.k if ROUTERS[name].exact else mask.sum() <= B * T * c.k
+        assert mask.sum() == B * T * c.k or not ROUTERS[name].exact
 
 
 @each_router
@@ -594,6 +597,21 @@ def test_routers_not_called_exact_do_spend_less(name):
     """A router that is not called exact leaves pairs unspent on some scores."""
     mask = ROUTERS[name].select(make_scores("shrinking", 2, 100, 8), 2)
     assert (mask.sum() == 2 * 100 * 2) == ROUTERS[name].exact
+
+
+def test_the_router_of_the_readme_is_a_function_and_a_row():
+    """The example in README.md, pasted into router.py, gives a causal router that the model can use."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    names = vars(router_module) | {"ROUTERS": {}}
+    exec(code, names)
+    ((name, row),) = names["ROUTERS"].items()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ROUTERS, name, row)
+        model = MoEGPT(MoEConfig(vocab_size=11, n_layer=1, n_head=2, n_embd=16, n_hidden=8, router=name))
+        _, loss, stats = model(torch.arange(10)[None], torch.arange(10)[None])
+        chunks = list(model.generate(torch.arange(5)[None], 5))
+    assert loss.isfinite() and stats.experts.min() >= 1 and stats.experts.max() <= 2 and len(chunks) == 6
 
 
 # ---------------------------------------------------------------------------------------------------
