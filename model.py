@@ -1,5 +1,6 @@
-"""A decoder-only Mixture-of-Experts language model of the OLMoE shape: pre-norm RMSNorm, RoPE, SwiGLU
-experts.
+"""A decoder-only Mixture-of-Experts language model of the OLMoE shape.
+
+Pre-norm RMSNorm, RoPE, SwiGLU experts, untied head.
 
     B  sequences in the batch     C  model width (n_embd)              E  experts (n_expert)
     T  tokens in a sequence       H  hidden width of one expert        k  experts per token on average
@@ -111,8 +112,7 @@ class Stats(NamedTuple):
     experts: Tensor  # (L, B, T) experts that each token got
 
 
-# ------------------------------------------------------------------------------------------------------------
-# -------- caches
+# -------------------- caches ------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -147,9 +147,7 @@ class Cache:
             else None
             for layer in range(config.n_layer)
         ]
-        self.active = torch.zeros(
-            batch_size, max_tokens, dtype=torch.bool, device=device
-        )  # which tokens are real
+        self.active = torch.zeros(batch_size, max_tokens, dtype=torch.bool, device=device)  # is a token real?
         self.reset()
 
     def reset(self) -> None:
@@ -173,9 +171,8 @@ class Cache:
         query, key = torch.arange(self.pos, end, device=device).unsqueeze(1), torch.arange(end, device=device)
         if not self.padded:
             return (key <= query)[None, None]  # (1, 1, T, pos + T)
-        mask = (key <= query) & self.active[:, None, :end] | (
-            key == query
-        )  # itself: a softmax over nothing is NaN
+        mask = (key <= query) & self.active[:, None, :end]
+        mask = mask | (key == query)  # padding sees itself: a softmax over nothing is NaN
         return mask.unsqueeze(1)  # (B, 1, T, pos + T)
 
     def advance(self, T: int) -> None:
@@ -195,21 +192,18 @@ def routing_options(config: MoEConfig, router: Router) -> dict:
     return {name: getattr(config, name) for name in router.options}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# -------- layers
+# -------------------- layers ------------------------------------------------------------------------------
 
 
 def rope_angles(position: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles at position (B or 1, T): (B or 1, 1, T, D/2) each (arXiv
-    2104.09864)."""
+    """cos and sin, (B or 1, 1, T, D/2) each, of the angles at position (B or 1, T) (arXiv 2104.09864)."""
     exponent = torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim
     angle = position[:, None, :, None] * config.rope_theta**-exponent
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of each head by their angles. x (B, heads, T, D) -> the same in
-    float32."""
+    """Turn the pairs (x[i], x[i + D/2]) of each head. x (B, heads, T, D) -> the same in float32."""
     cos, sin = angles
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -276,12 +270,12 @@ class MLP(nn.Module):
 
 
 def sort_pairs(mask: Tensor, size: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The pairs of mask (S, E), sorted by expert: flat index e*S + s (N,), token s (N,), end of each expert
-    (E,) int32.
+    """The pairs of mask (S, E), sorted by expert.
 
-    `size`: a number N that the pairs cannot exceed; the spare ones have the flat index -1, some valid token,
-    and lie in the last expert that is used, which its weights are read for in any case. None: count them
-    (waits for the host).
+    `size`: a number N that the pairs cannot exceed, or None to count them, which waits for the device.
+    -> flat index e*S + s of each pair (N,), its token s (N,), where each expert ends (E,) int32.
+    Spare pairs have the flat index -1 and some valid token, and go to the last expert that is in use: its
+    weights are read in any case.
     """
     flat = mask.T.reshape(-1)  # (E*S,)
     pair = flat.nonzero() if size is None else torch.nonzero_static(flat, size=size, fill_value=-1)
@@ -316,9 +310,7 @@ class MoE(nn.Module):
         self.w_in = nn.Parameter(torch.empty(config.n_expert, config.n_embd, 2 * config.n_hidden))
         self.w_out = nn.Parameter(torch.empty(config.n_expert, config.n_hidden, config.n_embd))
         self.shared = MLP(config.n_embd, config.shared_hidden) if config.shared_hidden else None
-        self.register_buffer(
-            "bias", torch.zeros(config.n_expert)
-        )  # for selection; moved by router.loss_free_update
+        self.register_buffer("bias", torch.zeros(config.n_expert))  # for selection: router.loss_free_update
 
     def forward(self, x: Tensor, context: Context, cache: ExpertCache | None) -> tuple[Tensor, Stats]:
         """x (B, T, C) -> the same shape, and the statistics of this layer (load (E,), experts (B, T))."""
@@ -334,10 +326,8 @@ class MoE(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)  # grouped_mm knows nothing of autocast
         size = self.max_pairs(B * T, context)
-        y = run_experts(
-            x.reshape(-1, C).to(dtype), mask.flatten(0, 1), weight.flatten(0, 1), w_in, w_out, size
-        )
-        y = y.to(x.dtype).view(B, T, C)
+        tokens, mask_s, weight_s = x.reshape(-1, C).to(dtype), mask.flatten(0, 1), weight.flatten(0, 1)
+        y = run_experts(tokens, mask_s, weight_s, w_in, w_out, size).to(x.dtype).view(B, T, C)
         if self.shared is not None:
             y = y + self.shared(x)
         return y, Stats(load_balance_loss(scores, mask), z_loss(logits), mask.sum((0, 1)), mask.sum(-1))
@@ -369,9 +359,8 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = (
-            MoE(config) if config.has_experts(layer) else MLP(config.n_embd, config.k * config.n_hidden)
-        )
+        dense_hidden = config.k * config.n_hidden
+        self.mlp = MoE(config) if config.has_experts(layer) else MLP(config.n_embd, dense_hidden)
 
     def forward(
         self, x: Tensor, context: Context, kv: KVCache | None, experts: ExpertCache | None
@@ -384,8 +373,7 @@ class Block(nn.Module):
         return x + y, stats
 
 
-# ------------------------------------------------------------------------------------------------------------
-# -------- the model
+# -------------------- the model ---------------------------------------------------------------------------
 
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # how text is drawn unless somebody says otherwise
@@ -401,8 +389,7 @@ class Chunk(NamedTuple):
 
 class MoEGPT(nn.Module):
     def __init__(self, config: MoEConfig):
-        """Random weights: normal with deviation 0.02, smaller where a matrix adds to the residual stream
-        (GPT-2)."""
+        """Random weights: normal, deviation 0.02, less where a matrix adds to the residual stream (GPT-2)."""
         super().__init__()
         require(config.vocab_size >= 1, "vocab_size", config.vocab_size, "at least 1")
         self.config = config
@@ -425,8 +412,7 @@ class MoEGPT(nn.Module):
         router: str | None = None,
         active: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Stats]:
-        """Logits of the next token, the mean cross-entropy in nats if targets are given, and routing
-        statistics.
+        """Logits of the next token, the mean cross-entropy in nats, and routing statistics.
 
         idx, targets (B, T) int64, targets of -1 do not count. With a cache, idx continues the sequences in
         it, and its router routes; otherwise `router` does (None: the config's). active (B, T) bool marks,
@@ -513,8 +499,7 @@ class MoEGPT(nn.Module):
         generator: torch.Generator | None = None,
         active: Tensor | None = None,
     ) -> Iterator[Chunk]:
-        """Continue idx (B, P) by up to max_new_tokens tokens; yields the prompt, then each new token, as it
-        is fed.
+        """Continue idx (B, P); yields the prompt, then each of up to max_new_tokens tokens, as it is fed.
 
         A row ends at the token `stop`, which is not yielded as active, and generation when all rows have
         ended. active (B, P) bool marks the real tokens of prompts padded on the left to one length.
@@ -625,8 +610,7 @@ def sample_token(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# -------- checkpoints
+# -------------------- checkpoints -------------------------------------------------------------------------
 
 FORMAT = "seqtopk checkpoint 1"
 

@@ -38,9 +38,8 @@ def check_bounds(n_expert: int, k: int, min_experts: int = 0, max_experts: int |
     if max_experts is None:
         return min(k + 2, n_expert)
     if not k <= max_experts <= n_expert:
-        raise ValueError(
-            f"max_experts is {max_experts}, but must be from k = {k} to n_expert = {n_expert}, or None"
-        )
+        allowed = f"from k = {k} to n_expert = {n_expert}, or None"
+        raise ValueError(f"max_experts is {max_experts}, but must be {allowed}")
     return max_experts
 
 
@@ -51,8 +50,7 @@ def _rank_experts(scores: Tensor, u: int) -> tuple[Tensor, Tensor]:
 
 
 def _take_best(scores: Tensor, experts: Tensor, count: int | Tensor) -> Tensor:
-    """Mask (B, T, E) in which each token takes the first `count` (an int, or (B, T)) of its ranked
-    experts."""
+    """Mask (B, T, E): each token takes the first `count`, an int or (B, T), of its ranked experts."""
     if isinstance(count, Tensor):
         count = count.unsqueeze(-1)
     taken = (torch.arange(experts.shape[-1], device=scores.device) < count).expand_as(experts)
@@ -107,9 +105,7 @@ def expert_choice(scores: Tensor, k: int) -> Tensor:
     B, T, E = scores.shape
     check_bounds(E, k)
     share, remainder = divmod(T * k, E)
-    tokens = scores.argsort(
-        dim=1, descending=True, stable=True
-    )  # (B, T, E): each expert's tokens, best first
+    tokens = scores.argsort(dim=1, descending=True, stable=True)  # (B, T, E), best of each expert first
     capacity = torch.full((B, 1, E), share, device=scores.device)
     if remainder:
         next_score = scores.gather(1, tokens[:, share : share + 1])  # (B, 1, E)
@@ -121,8 +117,7 @@ def expert_choice(scores: Tensor, k: int) -> Tensor:
 def online_seqtopk(
     scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None, strict: bool = True
 ) -> Tensor:
-    """The causal form of SeqTopK: token m competes with the tokens 1 .. m of its sequence, never with later
-    ones.
+    """The causal form of SeqTopK: token m competes with the tokens 1 .. m of its sequence only.
 
     Token m takes its min_experts best experts, and those of its candidates that are among the m * (k -
     min_experts) best of the first m tokens. So its row is the last row of `seqtopk(scores[:, :m])`.
@@ -146,8 +141,7 @@ def online_seqtopk(
 def _count_above_threshold(candidates: Tensor, past: Tensor, budget: Tensor) -> Tensor:
     """How many candidates of each token are among the `budget` best up to and including that token.
 
-    candidates (B, t, c); past (B, p): candidates of earlier tokens, in any order; budget (B, t) -> int (B,
-    t).
+    candidates (B, t, c); past (B, p), candidates of earlier tokens in any order; budget (B, t) -> (B, t).
     """
     B, t, c = candidates.shape
     p = past.shape[1]
@@ -161,8 +155,7 @@ def _count_above_threshold(candidates: Tensor, past: Tensor, budget: Tensor) -> 
 
 
 def _prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
-    """The nth smallest (from 0) of rank[b, :length], for many prefixes at once: a wavelet tree, walked from
-    its root.
+    """The nth smallest (from 0) of rank[b, :length], for many prefixes at once, from a wavelet tree.
 
     rank (B, n): in each row a permutation of 0 .. n-1; length, nth (B, Q) -> (B, Q). About log2(n) rounds of
     cumsum, gather and scatter, whatever Q is.
@@ -227,17 +220,14 @@ class ExpertCache:
     ):
         """Raises ValueError for impossible bounds (check_bounds) and for batch_size or max_tokens below 1."""
         if batch_size < 1 or max_tokens < 1:
-            raise ValueError(
-                f"batch_size is {batch_size} and max_tokens {max_tokens}, but both must be at least 1"
-            )
+            sizes = f"batch_size is {batch_size} and max_tokens {max_tokens}"
+            raise ValueError(f"{sizes}, but both must be at least 1")
         self.max_tokens, self.min_experts, self.strict = max_tokens, min_experts, strict
         self.max_experts = check_bounds(n_expert, k, min_experts, max_experts)
         self.per_token = k - min_experts  # what each token adds to the budget for candidates
         c = self.max_experts - min_experts
         self.sorted = torch.empty(batch_size, max_tokens * c, device=device)  # ascending, -inf where empty
-        self.recent = torch.empty(
-            batch_size, min(self.RECENT, max_tokens), c, device=device
-        )  # in order of arrival
+        self.recent = torch.empty(batch_size, min(self.RECENT, max_tokens), c, device=device)  # as they came
         self.budget = torch.empty(batch_size, 1, dtype=torch.int64, device=device)
         self.spent = torch.empty_like(self.budget)
         self.reset()
@@ -299,8 +289,7 @@ class ExpertCache:
         return _count_above_threshold(candidates, past, budget)
 
     def _remember(self, candidates: Tensor) -> None:
-        """Add the candidates (B, t, c) of t tokens: to the recent ones while these have room, else all in
-        order."""
+        """Add candidates (B, t, c) to the recent ones while there is room; else merge all into the sorted."""
         t = candidates.shape[1]
         if self.n_recent + t <= self.recent.shape[1]:
             self.recent[:, self.n_recent : self.n_recent + t] = candidates
@@ -329,8 +318,7 @@ def load_balance_loss(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """The mean over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906,
-    equation 5).
+    """Mean of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906, equation 5).
 
     logits (..., E) -> scalar.
     """
@@ -338,8 +326,7 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 def loss_free_update(bias: Tensor, load: Tensor, rate: float) -> Tensor:
-    """The next selection bias: up by `rate` for experts with less than the mean load, down for those with
-    more.
+    """The next selection bias: up by `rate` for experts with less than the mean load, else down.
 
     bias, load (..., E) -> (..., E). The bias is added to the scores for selection only, never to the weights
     (arXiv 2408.15664, algorithm 1).

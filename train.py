@@ -34,8 +34,7 @@ from router import ROUTERS, loss_free_update
 
 @dataclass(frozen=True)
 class TrainConfig(MoEConfig):
-    """Training: data, optimiser, where to compute and what to report. Raises ValueError for impossible
-    values."""
+    """Training: data, optimiser, device and reports. Raises ValueError for impossible values."""
 
     out_dir: str = ""  # folder of the run (empty: out/<name of the config file>)
     init_from: str = (
@@ -102,8 +101,7 @@ DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulat
 
 
 def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
-    """The configuration, and the checkpoint to start from if there is one: its settings hold unless others
-    are given.
+    """The configuration, and the checkpoint to start from, if any: what it says holds unless given anew.
 
     Raises ValueError for bad settings, a bad checkpoint, or settings that contradict the checkpoint's.
     """
@@ -208,8 +206,7 @@ class Run:
 
 
 def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) -> Run:
-    """Build the run and print what was chosen and why. Raises ValueError for a device or a dtype that is not
-    there."""
+    """Build the run and print what was chosen and why. Raises ValueError for a device that is not there."""
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_dtype(config.dtype, device)
     compiled, compile_reason = pick_compile(config.compile, device, dtype)
@@ -245,8 +242,7 @@ def make_optimizer(model: MoEGPT, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def compile_or_explain(run: Run) -> MoEGPT:
-    """The compiled model, tried on one batch; if that fails and nobody insisted, the plain one, saying
-    why."""
+    """The compiled model, tried on one batch; if that fails and nobody insisted, the plain one."""
     compiled = torch.compile(run.model)
     try:
         run.forward = compiled
@@ -294,8 +290,7 @@ def losses(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Stats]:
 
 
 def train_step(run: Run) -> Tensor:
-    """One iteration: -> (2,) mean cross-entropy in nats and norm of the gradient. Does not wait for the
-    device."""
+    """One iteration, without waiting for the device: -> (2,) mean cross-entropy and norm of the gradient."""
     config, n = run.config, run.config.gradient_accumulation_steps
     mean_loss, load = 0.0, 0
     for micro_step in range(run.step * n, (run.step + 1) * n):
@@ -317,8 +312,7 @@ def train_step(run: Run) -> Tensor:
     return torch.stack([mean_loss, norm])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# -------- evaluation
+# -------------------- evaluation --------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -376,8 +370,7 @@ def table_line(step: int, train_loss: float, causal: dict, as_trained: dict, rat
     return f"{step:6d}  {trained:>7}  {both}   {routing} {rate:9,.0f}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# -------- the loop
+# -------------------- the loop ----------------------------------------------------------------------------
 
 
 class Log:
@@ -435,8 +428,7 @@ class Meter:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish to stop after the iteration; the second stops at
-    once."""
+    """Turns the first Ctrl-C (or SIGTERM) into a wish to stop soon; the second stops at once."""
 
     def __enter__(self) -> "Interrupt":
         self.wished = False
@@ -456,8 +448,7 @@ class Interrupt:
 
 
 def evaluate_and_save(run: Run, meter: Meter) -> None:
-    """Print and log a line of the table; write last.pt, and best.pt if the causal loss is the lowest so
-    far."""
+    """Print and log a line of the table; write last.pt, and best.pt if this causal loss is the lowest."""
     meter.read(run)
     router = run.config.router
     causal = evaluate(run, ROUTERS[router].decode)
@@ -497,13 +488,11 @@ def train(run: Run) -> bool:
         return finished
 
 
-# ------------------------------------------------------------------------------------------------------------
-# -------- from the command line to the first iteration, and after the last
+# -------------------- from the command line to the first iteration, and after the last --------------------
 
 
 def prepare_out_dir(config: TrainConfig) -> None:
-    """Make the run's folder; a run that is in it already, and is not resumed, is moved aside. Raises
-    ValueError."""
+    """Make the run's folder; move aside a run that is in it and not resumed. Raises ValueError."""
     folder = Path(config.out_dir)
     try:
         old = any((folder / name).exists() for name in ("log.jsonl", "last.pt", "best.pt"))
