@@ -46,9 +46,7 @@ class MoEConfig:
     strict: bool = True  # online_seqtopk never spends more than k experts per token of the past
     score_fn: str = "softmax"  # scores from the gate's logits: softmax or sigmoid
     norm_topk: bool = False  # weights of a token's chosen experts sum to 1
-    qk_norm: str = (
-        "none"  # RMSNorm on queries and keys: none, head (each head by itself) or full (all heads at once)
-    )
+    qk_norm: str = "none"  # RMSNorm on queries and keys: none, head (each by itself) or full (all at once)
     tie_embeddings: bool = False  # the output head shares the token embedding's weights
     rope_theta: float = 10000.0  # base of the rotary position embedding
     norm_eps: float = 1e-5  # epsilon of RMSNorm
@@ -138,7 +136,7 @@ class Cache:
     """
 
     def __init__(self, config: MoEConfig, batch_size: int, max_tokens: int, router: str, device, dtype):
-        self.batch_size, self.max_tokens, self.router = batch_size, max_tokens, router
+        self.max_tokens, self.router = max_tokens, router
         self.kv = [KVCache(config, batch_size, max_tokens, device, dtype) for _ in range(config.n_layer)]
         make, options = ROUTERS[router].cache, routing_options(config, ROUTERS[router])
         self.experts: list[ExpertCache | None] = [
@@ -163,17 +161,17 @@ class Cache:
         self.active[:, self.pos : self.pos + T] = True if active is None else active
         self.padded = self.padded or active is not None
 
-    def attention_mask(self, T: int) -> Tensor | None:
-        """Who the next T tokens may attend to, for Context.mask."""
+    def visible(self, T: int) -> Tensor | None:
+        """Which tokens the next T may attend to, for Context.visible."""
         end, device = self.pos + T, self.active.device
         if not self.padded and (T == 1 or self.pos == 0):
             return None
         query, key = torch.arange(self.pos, end, device=device).unsqueeze(1), torch.arange(end, device=device)
         if not self.padded:
             return (key <= query)[None, None]  # (1, 1, T, pos + T)
-        mask = (key <= query) & self.active[:, None, :end]
-        mask = mask | (key == query)  # padding sees itself: a softmax over nothing is NaN
-        return mask.unsqueeze(1)  # (B, 1, T, pos + T)
+        visible = (key <= query) & self.active[:, None, :end]
+        visible = visible | (key == query)  # padding sees itself: a softmax over nothing is NaN
+        return visible.unsqueeze(1)  # (B, 1, T, pos + T)
 
     def advance(self, T: int) -> None:
         self.pos += T
@@ -214,7 +212,7 @@ class Context(NamedTuple):
 
     router: Router
     angles: tuple[Tensor, Tensor]  # of rope_angles
-    mask: Tensor | None  # (B or 1, 1, T, pos + T) bool, True where a query sees a key; None: all up to itself
+    visible: Tensor | None  # (B or 1, 1, T, pos + T) bool, which keys a query sees; None: all up to itself
     active: Tensor | None  # (B, T) bool, False at padding and in rows that have finished; None: all active
     pos: int  # tokens in the caches before this forward
 
@@ -231,7 +229,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(q_heads * self.head_dim, config.norm_eps)
             self.k_norm = nn.RMSNorm(k_heads * self.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, context: "Context", kv: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, kv: KVCache | None) -> Tensor:
         B, T, C = x.shape
         widths = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
         q, k, v = self.qkv(x).split(widths, dim=-1)
@@ -245,9 +243,11 @@ class Attention(nn.Module):
         q, k = rotate(q, context.angles).to(v.dtype), rotate(k, context.angles).to(v.dtype)
         if kv is not None:
             k, v = kv.append(k, v, context.pos)  # (B, n_kv_head, pos + T, D)
-        causal = context.mask is None and T > 1
+        causal = context.visible is None and T > 1
         gqa = self.n_kv_head != self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=context.visible, is_causal=causal, enable_gqa=gqa
+        )
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -452,18 +452,17 @@ class MoEGPT(nn.Module):
             limit = "the cache" if cache else "block_size"
             raise ValueError(f"{pos + T} tokens are more than the {room} that {limit} allows")
         position = pos + torch.arange(T, device=idx.device).unsqueeze(0)  # (1, T)
-        mask = None
+        visible = None
         if cache:
             cache.mark(T, active)
             router = cache.router
             if cache.padded:
                 position = (cache.active.cumsum(-1) - 1)[:, pos : pos + T].clamp(min=0)  # (B, T)
-            mask = cache.attention_mask(T)
+            visible = cache.visible(T)
         elif active is not None:
             raise ValueError("active needs a cache: without one, padding would compete for experts")
-        return Context(
-            ROUTERS[router or self.config.router], rope_angles(position, self.config), mask, active, pos
-        )
+        angles = rope_angles(position, self.config)
+        return Context(ROUTERS[router or self.config.router], angles, visible, active, pos)
 
     def _collect(self, stats: list[Stats], idx: Tensor) -> Stats:
         """Put the layers' statistics together."""
@@ -501,10 +500,9 @@ class MoEGPT(nn.Module):
     ) -> Iterator[Chunk]:
         """Continue idx (B, P); yields the prompt, then each of up to max_new_tokens tokens, as it is fed.
 
-        A row ends at the token `stop`, which is not yielded as active, and generation when all rows have
-        ended. active (B, P) bool marks the real tokens of prompts padded on the left to one length.
-        temperature 0 takes the likeliest token; top_k and top_p as in sample_token, which says what
-        ValueErrors it raises.
+        A row ends before the token `stop`, and generation when all rows have ended. active (B, P) bool marks
+        the real tokens of prompts padded on the left to one length. temperature 0 takes the likeliest token;
+        top_k and top_p as in sample_token, which says what ValueErrors it raises.
 
         The cache (None: a new one of block_size tokens) is the window that the model sees. When it is full,
         it is emptied and the newest half of the text is fed again, so that their routing begins anew; a
@@ -523,9 +521,10 @@ class MoEGPT(nn.Module):
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
             if stop is not None:
                 alive = alive & (token != stop)
-                if not alive.any():
+                n_alive = int(alive.sum())
+                if n_alive == 0:
                     return
-                padded = padded or not alive.all()
+                padded = padded or n_alive < len(alive)
             if cache.pos == cache.max_tokens:
                 cache.reset()
                 self._feed(text[:, -half:], cache, real[:, -half:] if padded else None)
@@ -559,6 +558,13 @@ class MoEGPT(nn.Module):
         attention = 4 * self.config.n_layer * self.config.n_embd * tokens
         return 3 * (2 * (active - unmultiplied) + attention)
 
+    def cast(self, dtype: torch.dtype) -> "MoEGPT":
+        """Keep the weights in dtype, for inference; the gates stay float32, as routing does."""
+        for name, parameter in self.named_parameters():
+            if ".gate." not in name:
+                parameter.data = parameter.data.to(dtype)
+        return self
+
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, **changes) -> "MoEGPT":
         """The model of a loaded checkpoint, some fields of its config changed (router="topk", say).
@@ -571,10 +577,8 @@ class MoEGPT(nn.Module):
         require(
             tied == old.tie_embeddings, "tie_embeddings", tied, f"{old.tie_embeddings} as in the checkpoint"
         )
-        shapes, saved = (
-            {name: tuple(tensor.shape) for name, tensor in weights.items()}
-            for weights in (model.state_dict(), checkpoint["model"])
-        )
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["model"].items()}
         for name in [*shapes, *saved]:
             here, there = shapes.get(name, "missing"), saved.get(name, "missing")
             require(here == there, f"{name} in the checkpoint", there, f"{here} in this architecture")
@@ -600,14 +604,16 @@ def sample_token(
     require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # of any size, without overflow
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None:
         probability, token = logits.softmax(-1).sort(dim=-1, descending=True)
         beyond = probability.cumsum(-1) - probability >= top_p  # the likelier ones hold p already
         logits = logits.masked_fill(beyond.scatter(-1, token, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    # the first to ring of clocks with these rates; torch.multinomial would wait for the device
+    clocks = torch.empty_like(logits).exponential_(generator=generator).clamp(min=1e-20)
+    return (logits.softmax(-1) / clocks).argmax(-1, keepdim=True)
 
 
 # -------------------- checkpoints -------------------------------------------------------------------------
@@ -619,13 +625,15 @@ def save_checkpoint(path: str | Path, model: MoEGPT, **extra) -> None:
     """Write the config and weights of the uncompiled model, and `extra`, whole or not at all."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(
-            {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **extra}, file
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    checkpoint = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **extra}
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:

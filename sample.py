@@ -8,9 +8,7 @@ block_size is fed again, its experts chosen anew, and writing goes on. A longer 
 
 import codecs
 import contextlib
-import os
 import re
-import stat
 import sys
 import time
 from bisect import bisect_right
@@ -38,7 +36,7 @@ class SampleConfig:
 
     out_dir: str = "out/tiny_seqtopk"  # folder of the run
     checkpoint: str = "best"  # best (lowest causal validation loss) or last
-    prompt: str | None = None  # text, FILE:path or - (standard input); none: what is piped in, or nothing
+    prompt: str | None = None  # text, FILE:path or - (standard input); not given: a new document
     router: str | None = None  # any causal one; none: the one that stands in for the run's own in decoding
     num_samples: int = 1  # texts, one after the other
     max_new_tokens: int = 200  # an end-of-text token ends a text sooner
@@ -46,7 +44,7 @@ class SampleConfig:
     top_k: int | None = None  # draw from so many likeliest tokens only
     top_p: float | None = TOP_P  # draw from the likeliest tokens that hold this much probability
     seed: int = 1337  # same seed, same text
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     dtype: str = "auto"  # auto, float32, bfloat16 or float16
     show_experts: bool = False  # colour each token by its experts, as the mean over layers
 
@@ -76,7 +74,7 @@ def main(argv: list[str]) -> None:
     checkpoint, path = load_run(Path(config.out_dir), config.checkpoint)
     tokenizer = Tokenizer(checkpoint.get("tokenizer"))
     prompt = encode_prompt(config.prompt, tokenizer)
-    model = MoEGPT.from_checkpoint(checkpoint).to(device, dtype).eval()
+    model = MoEGPT.from_checkpoint(checkpoint).to(device).cast(dtype)
     cache = model.new_cache(1, router=config.router)
     show = painter(model.config) if config.show_experts else lambda text, experts: text
     print(f"{path}: {describe(model, cache.router)}")
@@ -108,24 +106,12 @@ def encode_prompt(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
 
     Raises ValueError for a prompt that is empty, cannot be read, or has characters that the tokenizer lacks.
     """
-    if prompt is None and not stdin_is_fed():
-        return [tokenizer.eot]
     if prompt is None:
-        print("note: the prompt is what comes on standard input")
-        prompt = "-"
+        return [tokenizer.eot]
     text = read_prompt(prompt)
     if not text:
         raise ValueError("the prompt is empty: give --prompt=TEXT, --prompt=FILE:path, or standard input")
     return tokenizer.encode(text)
-
-
-def stdin_is_fed() -> bool:
-    """Whether standard input is a pipe or a file, rather than a terminal, /dev/null or closed."""
-    try:
-        mode = os.fstat(0).st_mode
-    except OSError:
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def read_prompt(prompt: str) -> str:
@@ -235,5 +221,6 @@ def human_bytes(n: float) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes
     with bad_input_exits():
         main(sys.argv[1:])

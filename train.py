@@ -247,6 +247,8 @@ def compile_or_explain(run: Run) -> MoEGPT:
     try:
         run.forward = compiled
         losses(run, *batch(run, 0))[0].backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         if run.config.compile == "true":
             raise ValueError(f"compile is true, but torch.compile fails here with {error}") from error
@@ -329,7 +331,7 @@ def evaluate(run: Run, router: str) -> dict:
     experts = []
     for x, y in data.val_batches(run.dataset.val, config.block_size, config.batch_size, config.eval_windows):
         with run.autocast():
-            _, loss, stats = run.forward(x.to(run.device), y.to(run.device), router=router)
+            _, loss, stats = run.model(x.to(run.device), y.to(run.device), router=router)
         nats, tokens = nats + loss.double() * y.numel(), tokens + y.numel()
         text_bytes += n_bytes[y].sum().item()
         load = load + stats.load
@@ -353,6 +355,7 @@ def routing_summary(load: Tensor, experts: Tensor) -> dict:
     }
 
 
+# experts per token, load entropy and dead experts are those of the causal evaluation
 HEADER = (
     "          train  causal validation   {as_trained:^17}    experts per token     load    dead    tokens\n"
     "  step     nats     nats bits/byte      nats bits/byte     mean   min   max  entropy experts        /s"
@@ -379,8 +382,9 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if self._step(line) <= step))
-        self.path = path
+        new = path.with_name(path.name + ".tmp")
+        new.write_text("".join(line + "\n" for line in lines if self._step(line) <= step))
+        self.path = new.replace(path)
 
     @staticmethod
     def _step(line: str) -> float:
@@ -390,8 +394,11 @@ class Log:
             return math.inf
 
     def write(self, **entry) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            tqdm.write(f"warning: {self.path} cannot be written ({error.strerror})")
 
 
 class Diverged(Exception):
@@ -403,6 +410,7 @@ class Meter:
 
     def __init__(self, log: Log):
         self.log, self.loss, self.tokens_per_second = log, math.nan, 0.0
+        self.losses: list[float] = []  # of all iterations since the last evaluation
         self.restart()
 
     def restart(self) -> None:
@@ -413,13 +421,16 @@ class Meter:
         """Average and log what has come since the last time. Raises Diverged."""
         if not self.pending:
             return
-        self.loss, norm = torch.stack(self.pending).mean(0).tolist()
+        rows = torch.stack(self.pending).tolist()
+        self.losses += [loss for loss, _ in rows]
+        self.loss, norm = (sum(values) / len(rows) for values in zip(*rows, strict=True))
         seconds = time.perf_counter() - self.start
         self.tokens_per_second = len(self.pending) * run.config.tokens_per_iter / seconds
         scaled = run.scaler.is_enabled()  # float16 skips the iterations whose gradient overflows
         if not math.isfinite(self.loss) or not (scaled or math.isfinite(norm)):
             raise Diverged(f"the loss became {self.loss:.4g} (gradient {norm:.4g}) at iteration {run.step}")
         lr = learning_rate(run.config, run.step - 1)
+        norm = norm if math.isfinite(norm) else None  # JSON has no infinity
         speed = round(self.tokens_per_second)
         self.log.write(
             kind="train", step=run.step, loss=self.loss, grad_norm=norm, lr=lr, tokens_per_second=speed
@@ -453,13 +464,16 @@ def evaluate_and_save(run: Run, meter: Meter) -> None:
     router = run.config.router
     causal = evaluate(run, ROUTERS[router].decode)
     as_trained = causal if ROUTERS[router].causal else evaluate(run, router)
-    tqdm.write(table_line(run.step, meter.loss, causal, as_trained, meter.tokens_per_second))
+    train_loss = sum(meter.losses) / len(meter.losses) if meter.losses else math.nan
+    tqdm.write(table_line(run.step, train_loss, causal, as_trained, meter.tokens_per_second))
     if not math.isfinite(causal["loss"]):
         raise Diverged(f"the validation loss became {causal['loss']:.4g} at iteration {run.step}")
     meter.log.write(kind="eval", step=run.step, causal=causal, as_trained=as_trained)
-    better = causal["loss"] < run.best
-    run.best, run.evaluated = min(run.best, causal["loss"]), run.step
-    run.save("last.pt", *["best.pt"] * better)
+    before, run.evaluated = run.best, run.step
+    run.best = min(before, causal["loss"])
+    if not run.save("last.pt", *["best.pt"] * (run.best < before)):
+        run.best = before  # best.pt may not hold it: the next evaluation tries again
+    meter.losses.clear()
     meter.restart()
 
 
@@ -514,10 +528,15 @@ def describe(run: Run) -> str:
     tokens = config.tokens_per_iter * config.max_iters
     size = len(run.dataset.train)
     flops = run.model.flops_per_token(config.block_size)
+    stand_in = ROUTERS[config.router].decode
+    routing = (
+        f"{config.router}, {config.k} of {config.n_expert} experts per token; causal stand-in {stand_in}"
+    )
+    if config.n_expert == 1:
+        routing = "none: a dense model"
     return (
         f"model     {total:,} parameters, {active:,} active per token, {flops / 1e6:.1f} MFLOP per token\n"
-        f"router    {config.router}, {config.k} of {config.n_expert} experts per token; "
-        f"causal validation under {ROUTERS[config.router].decode}\n"
+        f"router    {routing}\n"
         f"data      {config.dataset}: {size:,} tokens, vocabulary {config.vocab_size:,}\n"
         f"training  {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens, "
         f"{tokens / size:.2f} epochs in all\n"
@@ -525,8 +544,22 @@ def describe(run: Run) -> str:
     )
 
 
+def estimate(run: Run) -> str:
+    """How long the iterations that are left will take, from one micro-batch; nothing of the run changes."""
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        losses(run, *batch(run, 0))[0].backward()
+        run.optimizer.zero_grad()
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+    left = (run.config.max_iters - run.step) * run.config.gradient_accumulation_steps
+    minutes = left * (time.perf_counter() - start) / 60
+    took = f"{minutes:.1f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
+    return f"about {took} on this machine, evaluations not counted"
+
+
 def print_sample(run: Run) -> None:
-    """A short text from the trained model, as sample.py would write it."""
+    """A short text from the trained model."""
     tokenizer, config = run.dataset.tokenizer, run.config
     prompt = tokenizer.encode(run.dataset.meta.get("prompt", "")) or [tokenizer.eot]
     generator = torch.Generator(run.device).manual_seed(config.seed)
@@ -544,24 +577,28 @@ def main(argv: list[str]) -> None:
         prepare_out_dir(config)
     print(describe(run))
     try:
+        if run.step < config.max_iters:
+            print(f"time      {estimate(run)}")
         finished = train(run)
-    except Diverged as error:
-        kept = (
-            f"{config.out_dir}/last.pt has iteration {run.evaluated}"
-            if run.evaluated >= 0
-            else "nothing was saved"
-        )
-        print(
-            f"error: {error}; {kept}. Lower learning_rate ({config.learning_rate:g}) and resume it",
-            file=sys.stderr,
-        )
+        if finished and config.sample_tokens:
+            print_sample(run)
+            print(f"--- more: python sample.py --out_dir={config.out_dir} --show_experts")
+    except torch.OutOfMemoryError:
+        remedy = f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps as much"
+        print(f"error: the GPU's memory is too small: {remedy}", file=sys.stderr)
         sys.exit(2)
+    except Diverged as error:
+        last = Path(config.out_dir) / "last.pt"
+        remedy = f"resume {last}, which is kept," if last.exists() else "start again"
+        rate = f"learning_rate below {config.learning_rate:g}"
+        print(f"error: {error}; {remedy} with a {rate}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # before the first iteration or after the last
+        finished = False
     if not finished:
         sys.exit(130)
-    if config.sample_tokens:
-        print_sample(run)
-        print(f"--- more: python sample.py --out_dir={config.out_dir} --show_experts")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes
     main(sys.argv[1:])

@@ -123,7 +123,7 @@ def _file_settings(path: Path, types: dict[str, str]) -> dict[str, Any]:
 
 def _from_text(text: str, kind: str) -> Any:
     wanted = kind.removesuffix(" | None")
-    if kind != wanted and text in ("none", "None"):
+    if kind != wanted and wanted != "str" and text in ("none", "None"):
         return None
     if wanted == "bool":
         return {"true": True, "false": False}[text.lower()]
@@ -136,6 +136,8 @@ def _checked(value: Any, kind: str) -> Any:
         return None
     if wanted == "float" and type(value) is int:
         value = float(value)
+    if wanted == "str" and type(value) is bool:  # compile = True in a file, as on the command line
+        value = str(value).lower()
     if type(value).__name__ != wanted or (wanted == "float" and not math.isfinite(value)):
         raise TypeError
     return value

@@ -12,7 +12,7 @@ def pick_device(name: str) -> tuple[torch.device, str]:
         if torch.cuda.is_available():
             return torch.device("cuda"), torch.cuda.get_device_name()
         return torch.device("cpu"), f"no CUDA GPU found; {torch.get_num_threads()} threads"
-    present = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
+    present = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     present += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name not in present:
         raise ValueError(f"device is {name}, but this machine has {', '.join(present)} (or auto)")

@@ -139,13 +139,12 @@ def test_decoding_is_measured_at_the_context_it_says():
     for cache in caches.values():
         assert cache.pos == 300 and not cache.padded
         assert cache.kv[0].k[:, :, :300].abs().sum(-1).all()
-    assert 0.9 * 300 * 2 <= 2 * 300 - 0.1 * 300 and caches["online_seqtopk"].experts[0] is not None
     _, _, stats = model(torch.randint(64, (2, 20)), cache=caches["online_seqtopk"])
     assert 1.7 <= stats.experts.float().mean() <= 2.3
 
 
 def test_ranking_anew_is_the_same_rule():
-    """What the Expert Cache is compared with gives the last row of online SeqTopK without the strict budget."""
+    """What the Expert Cache is measured against gives the last row of online SeqTopK, not strict."""
     scores = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(0)).softmax(-1)
     expected = online_seqtopk(scores, 3, strict=False)[:, -1]
     assert torch.equal(bench.rank_anew(scores, 3), expected)
@@ -171,15 +170,11 @@ def test_a_part_out_of_memory_leaves_the_others(capsys, monkeypatch):
 
 @pytest.fixture
 def problems():
-    question, answer = "Tom has {} dollars. Ida gives Tom {}.", "So Tom has {} + {} = {} dollars.\n#### {}"
+    question, answer = "Tom has {} dollars. Ida gives Tom {}.", "So Tom has {} dollars.\n#### {}"
     return [
-        {
-            "question": question.format(n, n * "9"),
-            "answer": answer.format(n, n, 2 * n, 2 * n),
-            "level": n % 2 + 1,
-            "result": 2 * n,
-        }
-        for n in range(1, 6)
+        {"question": question.format(n, "7" * n), "answer": answer.format(2 * n, 2 * n), "result": 2 * n}
+        | {"level": n % 2 + 1}
+        for n in range(5, 10)
     ]
 
 
@@ -205,11 +200,11 @@ def test_problems_in_a_batch_are_solved_as_one_by_one(problems, tokenizer, model
     together = bench.solve(model, tokenizer, problems, router)
     alone = [bench.solve(model, tokenizer, [problem], router)[0] for problem in problems]
     assert [right for right, _ in together] == [right for right, _ in alone]
-    assert [experts for _, experts in together] == pytest.approx([experts for _, experts in alone], rel=0.02)
+    assert [experts for _, experts in together] == pytest.approx([experts for _, experts in alone])
 
 
 def test_arithmetic_counts_right_answers_by_level(problems, tokenizer, model, run, tmp_path, monkeypatch):
-    """A model that knows the answers scores 1 where it gives them, and the router is named."""
+    """Problems are counted under their level, as many of each as asked for; the router is named."""
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     save_checkpoint(tmp_path / "best.pt", model, tokenizer=tokenizer.meta)
     monkeypatch.setattr(data, "load", lambda name: SimpleNamespace(folder=tmp_path))

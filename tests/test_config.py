@@ -71,7 +71,7 @@ def config(tmp_path):
         ("out_dir=a b=c#1", "a b=c#1"),
         ("out_dir=", ""),
         ("out_dir=none", "none"),
-        ("resume=none", None),
+        ("resume=none", "none"),
     ],
 )
 def test_text_becomes_the_type_of_its_field(text, value):

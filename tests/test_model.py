@@ -208,7 +208,7 @@ def test_spare_rows_change_nothing_however_large_the_numbers(kind):
 # ---------------------------------------------------------------------------------------------------
 # The MoE layer
 
-NOWHERE = Context(ROUTERS["topk"], angles=None, mask=None, active=None, pos=0)  # all that MoE looks at
+NOWHERE = Context(ROUTERS["topk"], angles=None, visible=None, active=None, pos=0)  # all that MoE looks at
 
 
 def moe_layer(**changes) -> MoE:

@@ -28,6 +28,7 @@ from router import ROUTERS
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
+ESTIMATE = train.estimate  # most tests do without, for the forwards that they count
 TEXT = [
     f"def f{i}(x):\n    return x * {i * 7919 % 1000} + {i}\n\nprint(f{i}({i * 31 % 100}))\n"
     for i in range(100)
@@ -92,6 +93,14 @@ def assert_same_runs(a, b, *names):
         left, right = load_checkpoint(a / name), load_checkpoint(b / name)
         for key in ("model", "optimizer", "scaler", "step", "best"):
             assert_same(left[key], right[key])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_estimate():
+    """The only forwards are those of iterations and evaluations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "estimate", lambda run: "soon")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +299,7 @@ def test_choices_are_printed_with_their_reasons(start, capsys):
         r"dtype +float32 \(.*GPU.*\)",
         r"compile +False \(.*CPU.*\)",
         r"model +[\d,]+ parameters, [\d,]+ active",
-        r"router +seqtopk, 2 of 4 experts per token; causal validation under online_seqtopk",
+        r"router +seqtopk, 2 of 4 experts per token; causal stand-in online_seqtopk",
         r"vocabulary 300\b",
         re.escape(str(folder)),
     ):
@@ -728,7 +737,7 @@ def test_divergence_keeps_the_last_good_checkpoint(start, tmp_path, capsys):
     folder, err = tmp_path / "run", capsys.readouterr().err
     assert stop.value.code == 2
     assert err.startswith("error: ") and err.count("\n") == 1
-    assert "nan" in err and "learning_rate (1e+30)" in err and str(folder / "last.pt") in err
+    assert "nan" in err and "learning_rate below 1e+30" in err and str(folder / "last.pt") in err
     for name in ("last.pt", "best.pt"):
         checkpoint = load_checkpoint(folder / name)
         assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
@@ -1123,3 +1132,14 @@ def test_the_dense_config_is_the_twin_of_the_small_ones():
     assert dense.n_hidden == topk.k * topk.n_hidden
     twin = replace(topk, n_expert=1, k=1, n_hidden=dense.n_hidden, router=dense.router)
     assert twin == dense
+
+
+def test_the_estimate_changes_nothing(make_run):
+    """Timing a micro-batch beforehand leaves weights, gradients and the random state as they were."""
+    run = make_run()
+    weights, rng = [p.clone() for p in run.model.parameters()], torch.get_rng_state()
+    assert re.fullmatch(
+        r"about [\d.]+ (minutes|hours) on this machine, evaluations not counted", ESTIMATE(run)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(weights, run.model.parameters(), strict=True))
+    assert all(p.grad is None for p in run.model.parameters()) and torch.equal(rng, torch.get_rng_state())

@@ -1,0 +1,724 @@
+"""How fast this code is, and what SeqTopK costs: ratios of runs that take turns in one process.
+
+    python bench.py                                      every part but arithmetic, in minutes
+    python bench.py decode --shape=heavy --batch_size=1  one part; --help lists the parts and the keys
+    python bench.py --json=results/laptop.json --plot=plots/laptop.png
+    python bench.py table                                the table of README.md, from results/*.json
+
+What is compared is run as A B A B ..., and a ratio is the median over these pairs, with the quartiles behind
+it: what slows the machine for a while slows both. `time/x` is the time as a multiple of x's, so less is
+better; `speed/x` is its inverse. Every run ends with one line of JSON, which --json keeps.
+"""
+
+import copy
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from statistics import mean, median, quantiles
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import data
+from config import bad_input_exits, parse
+from config.device import pick_compile, pick_device, pick_dtype
+from data.arithmetic.prepare import is_correct, prompt_of
+from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT, load_checkpoint, require
+from router import ROUTERS, ExpertCache, online_seqtopk
+
+HOME = Path(__file__).parent
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+BLOCK = ExpertCache.RECENT  # steps of an Expert Cache from one merge of its buffers to the next
+INIT_STD = 0.02  # of the model's random weights
+HEAVY = {"n_layer": 4, "n_head": 8, "n_embd": 1024, "n_hidden": 512, "n_expert": 64, "k": 8}
+OLMOE = MoEConfig(50304, 4096, n_layer=16, n_head=16, n_embd=2048, n_hidden=1024, n_expert=64, k=8)
+SHAPES = {  # besides those of config/NAME_topk.py
+    "heavy": HEAVY | {"block_size": 4096, "vocab_size": 512},
+    "peers": {"n_embd": 256, "n_hidden": 680, "qk_norm": "full"},
+}
+# FLOP/s in half precision without sparsity, from the vendor's data sheets
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure. A size that is not given suits the part and the machine."""
+
+    shape: str | None = None  # train and decode: heavy, or the NAME of a config/NAME_topk.py
+    batch_size: int | None = None  # sequences in a batch
+    tokens: int | None = None  # tokens in a sequence; in decode and cache, those that came before
+    vocab_size: int | None = None  # tokens in the vocabulary
+    n_layer: int | None = None  # transformer blocks
+    n_head: int | None = None  # attention heads
+    n_embd: int | None = None  # model width
+    n_hidden: int | None = None  # hidden width of one expert
+    n_expert: int | None = None  # experts per layer
+    k: int | None = None  # experts per token on average
+    effort: float = 1.0  # 2 measures twice as long, 0 for five rounds
+    out_dir: str = "out/arithmetic_seqtopk"  # arithmetic: folder of the run
+    router: str | None = None  # arithmetic: any causal one; none: the stand-in for the run's own in decoding
+    problems: int = 300  # arithmetic: problems of each level
+    json: str | None = None  # file to keep the results in
+    plot: str | None = None  # file to draw the ratios to; needs matplotlib
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    dtype: str = "auto"  # auto, float32, bfloat16 or float16
+    compile: str = "auto"  # torch.compile in layer, train and peers: auto, true or false
+    seed: int = 1337  # of weights, scores and tokens
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            low = 0 if name in ("effort", "seed") else 1
+            require(isinstance(value, str | None) or value >= low, name, value, f"at least {low}")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The settings, where and in which number format to compute, and the clock."""
+
+    config: BenchConfig
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def machine(self) -> str:
+        if self.gpu:
+            return torch.cuda.get_device_name(self.device)
+        info = Path("/proc/cpuinfo")
+        model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+        return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+
+    def sized(self, **sizes: int) -> SimpleNamespace:
+        """These sizes, but for those that were given."""
+        given = {name: getattr(self.config, name) for name in sizes}
+        return SimpleNamespace(**{name: given[name] or size for name, size in sizes.items()})
+
+    def shape(self, name: str) -> MoEConfig:
+        """The architecture of that name, but for the sizes that were given. Raises ValueError for others."""
+        path = HOME / "config" / f"{name}_topk.py"
+        known = name in SHAPES or path.is_file()
+        require(known, "shape", name, f"{', '.join(SHAPES)}, or the NAME of a config/NAME_topk.py")
+        settings = {"vocab_size": 4096, **(SHAPES.get(name) or runpy.run_path(str(path))), "router": "topk"}
+        keys = {field.name for field in fields(MoEConfig)}
+        given = {key: value for key, value in vars(self.config).items() if value and key != "router"}
+        return MoEConfig(**{key: value for key, value in (settings | given).items() if key in keys})
+
+    def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
+        return torch.compile(function, fullgraph=fullgraph) if self.compile else function
+
+    def text(self, vocab_size: int, batch_size: int, tokens: int) -> Tensor:
+        """Token ids (batch_size, tokens), as uneven as words (Zipf's law), so that the experts' load is."""
+        frequency = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float32)
+        return frequency.expand(batch_size, -1).multinomial(tokens, replacement=True).to(self.device)
+
+    def scores(self, batch_size: int, tokens: int, n_expert: int, spread: float = 1.0) -> Tensor:
+        """Scores (batch_size, tokens, n_expert) of random logits with that standard deviation."""
+        return (torch.randn(batch_size, tokens, n_expert) * spread).softmax(-1).to(self.device)
+
+    def seconds(self, call: Callable) -> float:
+        """Time of one call, on a GPU by events on the device."""
+        if not self.gpu:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def interleave(self, calls: dict, seconds: float, before: Callable = lambda name: None) -> dict:
+        """Name -> seconds that the call took in each round A B A B ..., until the time is over.
+
+        Rounds come after a warm-up. before(name), not timed, prepares each call.
+        """
+        times = {name: [] for name in calls}
+        warm_up = 3 if self.gpu else 1
+        for done in range(-warm_up, MAX_ROUNDS):
+            if done == 0:
+                end = time.perf_counter() + seconds * self.config.effort
+            if done >= MIN_ROUNDS and time.perf_counter() > end:
+                break
+            for name, call in calls.items():
+                before(name)
+                times[name].append(self.seconds(call))
+        return {name: values[warm_up:] for name, values in times.items()}
+
+    def peak_gb(self, call: Callable) -> float | None:
+        """Most memory held during a call: of the GPU, or of this process where Linux tells, else None."""
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            return torch.cuda.max_memory_allocated() / 1e9
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (man 5 proc)
+        except OSError:
+            return None
+        call()
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+
+
+def ratio(top: list[float], bottom: list[float]) -> list[float]:
+    """Median, lower and upper quartile of the ratios of neighbours."""
+    low, middle, high = quantiles([a / b for a, b in zip(top, bottom)], n=4, method="inclusive")
+    return [middle, low, high]
+
+
+# -------------------- the parts: each returns the rows of its table ---------------------------------------
+
+
+def bench_router(bench: Bench) -> list[dict]:
+    """Routers alone, on random scores, not compiled.
+
+    What a routing decision costs before any expert runs, and how online SeqTopK grows with the length of a
+    sequence: about as T log T, where ranking the past anew for every token grows as T^2.
+    """
+    size = bench.sized(batch_size=8, tokens=1024, n_expert=64, k=8)
+    B, T = size.batch_size, size.tokens
+    scores = bench.scores(B, T, size.n_expert)
+    calls = {name: partial(router.select, scores, size.k) for name, router in ROUTERS.items()}
+    times = bench.interleave(calls, 10)
+    rows = [router_row(f"{name}, B={B}, T={T}", times[name], B * T, "topk", times["topk"]) for name in times]
+    lengths = [T // 4 * 2**i for i in range(6)]
+    scores = bench.scores(1, lengths[-1], size.n_expert)
+    times = bench.interleave({n: partial(online_seqtopk, scores[:, :n], size.k) for n in lengths}, 8)
+    base = lengths[0]
+    return rows + [
+        router_row(f"online_seqtopk, B=1, T={n}", times[n], n, f"T={base}", times[base]) for n in lengths
+    ]
+
+
+def router_row(what: str, taken: list[float], tokens: int, base: str, base_taken: list[float]) -> dict:
+    seconds = median(taken)
+    row = {"what": what, "ms": seconds * 1e3, "us per token": seconds / tokens * 1e6}
+    return row | {f"time/{base}": ratio(taken, base_taken)}
+
+
+def bench_layer(bench: Bench) -> list[dict]:
+    """A layer of experts against a dense layer of equal active FLOPs (k*H wide), both wholly in one dtype.
+
+    What routing, sorting the pairs and uneven groups cost. "of matmul": the speed as a share of that of plain
+    matrix products of as many FLOPs in all, the most that this machine could give.
+    """
+    batch_size, width, hidden = (64, 1024, 1024) if bench.gpu else (8, 384, 256)
+    size = bench.sized(batch_size=batch_size, tokens=512, n_embd=width, n_hidden=hidden, n_expert=32, k=4)
+    x = torch.randn(size.batch_size, size.tokens, size.n_embd).to(bench.device, bench.dtype).requires_grad_()
+    matrix = torch.randn(size.n_embd, 3 * size.k * size.n_hidden).to(x)
+    flops = 2 * size.batch_size * size.tokens * matrix.numel()
+    layers = make_layers(bench, size)
+    what = f"C={size.n_embd}, H={size.n_hidden}, E={size.n_expert}, K={size.k}, S={x[..., 0].numel()}"
+
+    def forward(kind: str) -> Tensor:
+        return layers[kind][0](x)
+
+    def both(kind: str) -> None:
+        forward(kind).backward(x.detach())
+
+    rows = []
+    for run, label, products in ((forward, "forward", 1), (both, "forward+backward", 3)):
+        calls = {kind: partial(run, kind) for kind in layers}
+        calls["matmul"] = lambda n=products: [x.detach() @ matrix for _ in range(n)]
+        times = bench.interleave(calls, 10, lambda kind: kind in layers and layers[kind][1].zero_grad())
+        rows += [layer_row(f"{kind} {label}, {what}", kind, times, products * flops) for kind in layers]
+    rows[-len(layers) + 1]["aim"] = f"at least {0.75 if bench.gpu else 0.95}"  # topk, forward+backward
+    return rows
+
+
+def layer_row(what: str, kind: str, times: dict, flops: int) -> dict:
+    seconds = median(times[kind])
+    row = {"what": what, "ms": seconds * 1e3, "GFLOP/s": flops / seconds / 1e9}
+    row["of matmul"] = median(times["matmul"]) / seconds
+    return row | {"speed/dense": ratio(times["dense"], times[kind])}
+
+
+def make_layers(bench: Bench, size: SimpleNamespace) -> dict[str, tuple[Callable, torch.nn.Module]]:
+    """Name -> a function of x, and the module in it: the dense layer, the experts under three routers."""
+    shape = {"n_head": 1, "n_embd": size.n_embd, "n_hidden": size.n_hidden, "n_expert": size.n_expert}
+    dense, experts = MLP(size.n_embd, size.k * size.n_hidden), MoE(MoEConfig(**shape, k=size.k))
+    for module in (dense, experts):
+        for parameter in module.to(bench.device, bench.dtype).parameters():
+            torch.nn.init.normal_(parameter, std=INIT_STD)
+
+    def through(router: str) -> Callable:
+        context = Context(ROUTERS[router], None, None, None, 0)
+        return bench.compiled(lambda x: experts(x, context, None)[0])
+
+    routed = {name: (through(name), experts) for name in ("topk", "seqtopk", "online_seqtopk")}
+    return {"dense": (bench.compiled(dense), dense), **routed}
+
+
+def bench_train(bench: Bench) -> list[dict]:
+    """Full training steps of one model, each router in its turn on the same weights.
+
+    What a user waits for: forward, backward, clipping, AdamW. The paper says 246.4 GPU-hours under SeqTopK
+    and 244.2 under TopK. Memory is the peak during a step, of the GPU or of the whole process.
+    """
+    shape = bench.config.shape or "small"
+    model = MoEGPT(bench.shape(shape)).to(bench.device)
+    size = bench.sized(batch_size=64 if bench.gpu else 4, tokens=model.config.block_size)
+    text = bench.text(model.config.vocab_size, size.batch_size, size.tokens + 1)
+    step = train_step(model, bench.compiled(model), text, bench.dtype)
+    calls = {name: partial(step, name) for name in ROUTERS}
+    times = bench.interleave(calls, 50)
+    aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
+    known = (peak for name, peak in PEAKS.items() if name in bench.machine and bench.dtype != torch.float32)
+    peak_flops = next(known, None)
+    rows = []
+    for name, taken in times.items():
+        rate = size.batch_size * size.tokens / median(taken)
+        flops = rate * model.flops_per_token(size.tokens)
+        row = {"what": f"{name}, {shape}, B={size.batch_size}, T={size.tokens}", "tokens/s": rate}
+        row |= {"GFLOP/s": flops / 1e9, "MFU %": peak_flops and 100 * flops / peak_flops}
+        row |= {"peak GB": bench.peak_gb(calls[name]), "time/topk": ratio(taken, times["topk"])}
+        rows.append(row | {"paper": "1.009" if name == "seqtopk" else None, "aim": aims.get(name)})
+    return rows
+
+
+def train_step(model: MoEGPT, forward: Callable, text: Tensor, dtype: torch.dtype) -> Callable[[str], None]:
+    """A function of the router's name that does what train.py does in an iteration on text (B, T+1)."""
+    update = updater(model)
+
+    def step(router: str) -> None:
+        half = dtype != next(model.parameters()).dtype
+        with torch.autocast(text.device.type, dtype) if half else nullcontext():
+            _, loss, stats = forward(text[:, :-1], text[:, 1:], router=router)
+        update(loss + 0.01 * stats.balance_loss + 0.001 * stats.z_loss)
+
+    return step
+
+
+def updater(model: torch.nn.Module) -> Callable[[Tensor], None]:
+    """A function of the loss: backward, clipping, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def update(loss: Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def bench_decode(bench: Bench) -> list[dict]:
+    """Writing token by token: TopK and online SeqTopK in turn, step by step, on the same weights.
+
+    "heavy" has experts of real weight. The few small operations of an Expert Cache ("extra us per layer") are
+    as many at any width: beside the small experts of the other shapes they are a larger share of a step.
+    Before decoding, the caches are filled up to the context: keys and values with random numbers, Expert
+    Caches with scores spread as the gates' are. Prefill reads a real prompt, where that takes seconds. Memory
+    is of weights and caches. The paper says 139.41 tokens/s against 141.23, and 18.35 GB against 18.21.
+    """
+    rows, given = [], bench.config
+    for shape in [given.shape] if given.shape else ["heavy", "small", "tiny"]:
+        model = MoEGPT(bench.shape(shape)).to(bench.device, bench.dtype).eval()
+        contexts = [n for n in (256, 512, 1024, 2048, 4096) if n <= model.config.block_size]
+        for batch_size in [given.batch_size] if given.batch_size else [1, 16]:
+            for context in [given.tokens] if given.tokens else contexts:
+                row = {"what": f"{shape}, batch {batch_size}, context {context}"}
+                row |= decode_row(bench, model, batch_size, context)
+                promise = {"paper": "0.987, memory 1.008", "aim": "at least 0.99"} if shape == "heavy" else {}
+                rows.append(row | promise)
+    olmoe = Cache(OLMOE, 1, 4096, "online_seqtopk", "meta", torch.bfloat16)
+    sizes = {"KV MB": olmoe.kv_nbytes / 1e6, "expert MB": olmoe.expert_nbytes / 1e6}
+    share = {"bytes/KV": olmoe.expert_nbytes / olmoe.kv_nbytes, "aim": "at most 0.01"}
+    return [*rows, {"what": "Expert Cache of OLMoE's shape, bfloat16, context 4096", **sizes, **share}]
+
+
+def decode_row(bench: Bench, model: MoEGPT, batch_size: int, context: int) -> dict:
+    base, ours, steps = "topk", "online_seqtopk", MAX_ROUNDS + 4
+    caches = {name: model.new_cache(batch_size, context + steps, name) for name in (base, ours)}
+    caches[ours].kv = caches[base].kv  # one memory under both: its pages may lie better or worse
+    prefill = prefill_figures(bench, model, caches, batch_size, context)
+    fill(bench, model, caches, batch_size, context)
+    token = bench.text(model.config.vocab_size, batch_size, 1)
+    streams = {name: model.generate(token, steps, cache, 1.0, top_p=None) for name, cache in caches.items()}
+    chunks = {name: [next(stream)] for name, stream in streams.items()}
+    calls = {name: lambda name=name: chunks[name].append(next(streams[name])) for name in caches}
+    times = bench.interleave(calls, 2.5)
+    step = {name: median(taken) for name, taken in times.items()}
+    experts = [torch.cat([c.experts for c in chunks[name]]).float().mean().item() for name in caches]
+    weights, (small, large) = sum(p.nbytes for p in model.parameters()), (caches[base], caches[ours])
+    memory = weights + small.kv_nbytes
+    return {
+        "topk tokens/s": batch_size / step[base],
+        "seqtopk": batch_size / step[ours],
+        "speed/topk": ratio(times[base], times[ours]),
+        "extra us per layer": (step[ours] - step[base]) / model.config.n_layer * 1e6,
+        "experts per token": "{:.2f}, {:.2f}".format(*experts),
+        **prefill,
+        "KV MB": large.kv_nbytes / 1e6,
+        "expert MB": large.expert_nbytes / 1e6,
+        "memory/topk": (memory + large.expert_nbytes) / memory,
+    }
+
+
+def prefill_figures(bench: Bench, model: MoEGPT, caches: dict, batch_size: int, context: int) -> dict:
+    """Reading a prompt of `context` tokens in one piece; nothing where that would take long."""
+    if batch_size * context > (2**17 if bench.gpu else 1024):
+        return {}
+    prompt = bench.text(model.config.vocab_size, batch_size, context)
+    calls = {name: lambda c=cache: next(model.generate(prompt, 1, c)) for name, cache in caches.items()}
+    times = bench.interleave(calls, 2, lambda name: caches[name].reset())
+    rate = batch_size * context / median(times["online_seqtopk"])
+    return {"prefill tokens/s": rate, "speed/topk, prefill": ratio(times["topk"], times["online_seqtopk"])}
+
+
+def fill(bench: Bench, model: MoEGPT, caches: dict, batch_size: int, context: int) -> None:
+    """Bring the caches to where they would be after `context` tokens."""
+    spread = INIT_STD * math.sqrt(model.config.n_embd)  # of the gate's logits: its input is normalised
+    for cache in caches.values():
+        cache.reset()
+        for part in (part for kv in cache.kv for part in (kv.k, kv.v)):
+            part.copy_(torch.randn_like(part[:1, :1]))
+        for experts in filter(None, cache.experts):
+            experts.select(bench.scores(batch_size, context, model.config.n_expert, spread))
+        cache.mark(context, None)
+        cache.advance(context)
+
+
+def bench_cache(bench: Bench) -> list[dict]:
+    """A step of one layer's Expert Cache, by the number of past tokens: mean of the steps between two merges.
+
+    Each cache is as large as it must be. A step that looked at all of the past would cost 128 times as much
+    at 16,384 tokens as at 128. "ranking anew" is the plain way: keep all scores, rank them at every step.
+    """
+    size = bench.sized(n_expert=64, k=8, tokens=16384)
+    lengths = [n for n in (128, 512, 1024, 4096, 16384) if n <= size.tokens] or [size.tokens]
+    batch_sizes = [bench.config.batch_size] if bench.config.batch_size else [1, 16]
+    return [row for B in batch_sizes for row in cache_rows(bench, B, lengths, size.n_expert, size.k)]
+
+
+def cache_rows(bench: Bench, batch_size: int, lengths: list[int], n_expert: int, k: int) -> list[dict]:
+    scores = bench.scores(batch_size, max(lengths) + BLOCK, n_expert)
+    full, used, base, anew = {}, {}, lengths[0], min(1024, lengths[-1])
+    for past in lengths:
+        full[past] = ExpertCache(batch_size, past + BLOCK, k, n_expert, device=bench.device)
+        full[past].select(scores[:, :past])
+
+    def steps(past: int) -> None:
+        for token in range(past, past + BLOCK):
+            used[past].select(scores[:, token : token + 1])
+
+    calls = {past: partial(steps, past) for past in lengths}
+    calls["anew"] = partial(rank_anew, scores[:, : anew + 1], k)
+    times = bench.interleave(calls, 5, lambda past: used.update({past: copy.deepcopy(full.get(past))}))
+    times |= {past: [seconds / BLOCK for seconds in times[past]] for past in lengths}
+    rows = []
+    for past in lengths:
+        row = {"what": f"batch {batch_size}, {past} past tokens", "us per step": median(times[past]) * 1e6}
+        row[f"time/{base}"] = ratio(times[past], times[base])
+        rows.append(row | {"aim": "at most 1.5" if past == 4096 else None})
+    row = {"what": f"batch {batch_size}, {anew} past tokens, against ranking anew"}
+    row |= {"us per step": median(times["anew"]) * 1e6, "speed/anew": ratio(times["anew"], times[anew])}
+    return [*rows, row | {"aim": "at least 25"}]
+
+
+def rank_anew(scores: Tensor, k: int) -> Tensor:
+    """The last row of online SeqTopK (not strict), found from all scores (B, T, E) so far: (B, E)."""
+    values, experts = scores.topk(min(k + 2, scores.shape[-1]), dim=-1)
+    candidates = values[..., 1:].flatten(1)
+    threshold = candidates.topk(scores.shape[1] * (k - 1)).values[:, -1:]
+    taken = values[:, -1] >= threshold
+    taken[:, 0] = True
+    return torch.zeros_like(scores[:, -1], dtype=torch.bool).scatter_(-1, experts[:, -1], taken)
+
+
+def bench_peers(bench: Bench) -> list[dict]:
+    """The same model under TopK in Hugging Face transformers, as OLMoE: training steps, greedy generation.
+
+    Same shape and tokens; fused AdamW and clipping for both; both wholly in one dtype. Theirs is spared the
+    load-balance and z-losses, which ours computes in every step: transformers leaves them out by default.
+    """
+    if not importlib.util.find_spec("transformers"):
+        print("skipped: transformers is not installed (pip install transformers)")
+        return []
+    shape = bench.shape("peers")
+    ours, theirs = (model.to(bench.device, bench.dtype) for model in (MoEGPT(shape), make_olmoe(shape)))
+    counts = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+    assert counts[0] == counts[1], f"the models differ: {counts} parameters"
+    size = bench.sized(batch_size=8, tokens=shape.block_size)
+    text = bench.text(shape.vocab_size, size.batch_size, size.tokens + 1)
+    step, update = train_step(ours, bench.compiled(ours), text, bench.dtype), updater(theirs)
+    peer = bench.compiled(theirs, fullgraph=False)
+    batch = {"input_ids": text[:, :-1], "labels": text[:, :-1], "use_cache": False}
+    n, goal = size.batch_size * size.tokens, 1.5 if bench.gpu else 1.3
+    pair = partial(step, "topk"), lambda: update(peer(**batch).loss)
+    rows = peer_rows(bench, "training", n, theirs, pair, goal)
+    ours.eval(), theirs.eval()
+    n, goal = size.tokens // 2, 8 if bench.gpu else 4
+    prompt = text[:1, :n].contiguous()
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": n, "do_sample": False}
+    pair = lambda: list(ours.generate(prompt, n, temperature=0)), lambda: theirs.generate(prompt, **options)
+    return rows + peer_rows(bench, f"generation, {n} tokens after {n}", n, theirs, pair, goal)
+
+
+def make_olmoe(shape: MoEConfig) -> torch.nn.Module:
+    """The model of `shape` by transformers."""
+    transformers = importlib.import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    sizes = {"vocab_size": shape.vocab_size, "hidden_size": shape.n_embd, "intermediate_size": shape.n_hidden}
+    sizes |= {"num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head}
+    sizes |= {"num_experts": shape.n_expert, "num_experts_per_tok": shape.k}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # none: text never ends early
+    sizes |= {"max_position_embeddings": shape.block_size}
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, **special))
+
+
+def peer_rows(bench: Bench, what: str, tokens: int, peer, pair: tuple, goal: float) -> list[dict]:
+    """pair: what takes turns, ours and theirs."""
+    kinds = ("eager", "grouped_mm")
+    calls = {"ours": pair[0], **dict.fromkeys(kinds, pair[1])}
+    times = bench.interleave(calls, 15, lambda kind: kind in kinds and peer.set_experts_implementation(kind))
+    rate = {kind: tokens / median(taken) for kind, taken in times.items()}
+    rows = [
+        {"what": f"{what}, against {kind}", "ours tokens/s": rate["ours"], "theirs": rate[kind]}
+        | {"speed/theirs": ratio(times[kind], times["ours"])}
+        for kind in kinds
+    ]
+    rows[-1]["aim"] = f"at least {goal}"
+    return rows
+
+
+def bench_arithmetic(bench: Bench) -> list[dict]:
+    """Problems of data/arithmetic/test.jsonl that a trained run solves, by level (their number of steps).
+
+    Greedy, from KV cache and Expert Cache, many problems at once; exact match with its 95% interval.
+    """
+    config = bench.config
+    checkpoint = load_checkpoint(Path(config.out_dir) / "best.pt")
+    model = MoEGPT.from_checkpoint(checkpoint).to(bench.device, bench.dtype).eval()
+    lines = (data.load("arithmetic").folder / "test.jsonl").read_text().splitlines()
+    levels: dict[int, list[dict]] = {}
+    for problem in map(json.loads, lines):
+        levels.setdefault(problem["level"], []).append(problem)
+    chosen = [problem for level in sorted(levels) for problem in levels[level][: config.problems]]
+    tokenizer, size = data.Tokenizer(checkpoint["tokenizer"]), bench.sized(batch_size=100).batch_size
+    solved = []
+    for start in tqdm(range(0, len(chosen), size), unit="batch", disable=None):
+        solved += solve(model, tokenizer, chosen[start : start + size], config.router)
+    run = f"{config.out_dir}, router {config.router or ROUTERS[model.config.router].decode}"
+    rows = []
+    for level in [*sorted(levels), "all"]:
+        right, experts = zip(*(s for p, s in zip(chosen, solved) if level in ("all", p["level"])))
+        row = {"what": f"level {level}, {run}", "problems": len(right)}
+        rows.append(row | {"exact match": wilson(sum(right), len(right)), "experts per token": mean(experts)})
+    return rows
+
+
+def solve(model: MoEGPT, tokenizer: data.Tokenizer, problems: list[dict], router: str | None) -> list[tuple]:
+    """Of each problem, whether the likeliest answer is right, and the mean experts per token."""
+    device, pad = model.head.weight.device, partial(pad_sequence, batch_first=True, padding_side="left")
+    prompts = [torch.tensor(tokenizer.encode(prompt_of(problem["question"]))) for problem in problems]
+    idx, active = pad(prompts).to(device), pad([torch.ones_like(p).bool() for p in prompts]).to(device)
+    room = 32 + max(len(tokenizer.encode(problem["answer"])) for problem in problems)
+    cache = model.new_cache(len(problems), idx.shape[1] + room, router)
+    chunks = model.generate(idx, room, cache, temperature=0, stop=tokenizer.eot, active=active)
+    tokens, experts, real = (torch.cat(parts, dim=1) for parts in zip(*chunks))
+    experts = (experts.float().mean(-1) * real).sum(1) / real.sum(1)
+    real[:, : idx.shape[1]] = False
+    texts = [tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens, real)]
+    right = [is_correct(text, problem["result"]) for text, problem in zip(texts, problems)]
+    return list(zip(right, experts.tolist()))
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
+    """The share that is right, and its 95% interval (E. B. Wilson, 1927)."""
+    share, scale = right / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [share, max(0.0, middle - half), min(1.0, middle + half)]
+
+
+PARTS = {
+    "router": bench_router,
+    "layer": bench_layer,
+    "train": bench_train,
+    "decode": bench_decode,
+    "cache": bench_cache,
+    "peers": bench_peers,
+    "arithmetic": bench_arithmetic,  # needs a trained run, so it has to be asked for
+}
+
+
+# -------------------- showing and keeping -----------------------------------------------------------------
+
+
+def is_ratio(key: str) -> bool:
+    return key.startswith(("time/", "speed/", "bytes/"))
+
+
+def cell(value: object) -> str:
+    """A median with its quartiles, a number or a word, for people."""
+    if isinstance(value, list):
+        return "{:.4g} ({:.4g}-{:.4g})".format(*value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def show(rows: list[dict]) -> None:
+    """Print a table of the keys that have a value in some row."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if row[key] is not None))
+    lines = [keys] + [[cell(row.get(key)) for key in keys] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for first, *others in lines:
+        print("  ".join([first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:]))]))
+
+
+def describe(bench: Bench, argv: list[str]) -> dict:
+    """Where the figures come from."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if importlib.util.find_spec("transformers"):
+        versions["transformers"] = importlib.metadata.version("transformers")
+    try:
+        git = ["git", "-C", str(HOME), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "command": " ".join(["python bench.py", *argv]),
+        "machine": bench.machine,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "compile": bench.compile,
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),  # of other work, at the start: with any, expect noise
+        "versions": versions,
+        "commit": commit,
+        "seed": bench.config.seed,
+    }
+
+
+def rounded(value: object) -> object:
+    """The same, its floats cut to five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def draw(report: dict, path: str) -> None:
+    """The ratios with their quartiles, one line each."""
+    from matplotlib.figure import Figure
+
+    rows = [(part, row) for part, rows in report["parts"].items() for row in rows]
+    keys = [(f"{part}: {row['what']}: {key}", row[key]) for part, row in rows for key in row if is_ratio(key)]
+    marks = [(label, value) for label, value in keys if isinstance(value, list)]
+    figure = Figure(figsize=(11, 1 + 0.2 * len(marks)), layout="constrained")
+    axes = figure.add_subplot(title=f"{report['machine']}, {report['dtype']}", xscale="log")
+    for height, (_, (middle, low, high)) in enumerate(marks):
+        axes.plot([low, high], [-height, -height], color="tab:blue")
+        axes.plot(middle, -height, "o", color="tab:blue", markersize=4)
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_yticks([-height for height in range(len(marks))], [label for label, _ in marks], fontsize=7)
+    figure.savefig(path)
+
+
+def readme_table(folder: Path) -> str:
+    """Markdown: what was aimed at, and what each machine in `folder` gave. Raises ValueError if none did."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    require(bool(reports), str(folder), "empty", "filled first: python bench.py --json=results/NAME.json")
+    table: dict[tuple, dict[str, str]] = {}
+    for report in reports:
+        for part, row in ((part, row) for part, rows in report["parts"].items() for row in rows):
+            key = next(filter(is_ratio, row), None)
+            if key and (row.get("aim") or row.get("paper")):
+                line = (f"`{part}`", row["what"], key, cell(row.get("aim")), cell(row.get("paper")))
+                table.setdefault(line, {})[f"{report['machine']}, {report['dtype']}"] = cell(row[key])
+    machines = list(dict.fromkeys(machine for found in table.values() for machine in found))
+    head = ["`python bench.py`", "of what", "ratio", "aim", "paper", *machines]
+    body = [[*line, *(found.get(machine, "-") for machine in machines)] for line, found in table.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
+
+
+# -------------------- from the command line ---------------------------------------------------------------
+
+
+def read_command(argv: list[str]) -> tuple[list[str], BenchConfig]:
+    """The parts to run, and the settings. Raises ValueError or OSError for what cannot be done."""
+    named, options = (argv[:1], argv[1:]) if argv and not argv[0].startswith("-") else ([], argv)
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        print(
+            "\n".join(f"  {name:10}  {inspect.getdoc(part).splitlines()[0]}" for name, part in PARTS.items())
+        )
+    for name in named:
+        require(name in PARTS, "the part", name, f"one of {', '.join(PARTS)}, or table")
+    config = BenchConfig(**parse(options, BenchConfig)[0])
+    if config.plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("plot needs matplotlib, which is not installed: pip install matplotlib")
+    for path in filter(None, (config.json, config.plot)):  # now, and not when the minutes are spent
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open(path, "a").close()
+    return named or [name for name in PARTS if name != "arithmetic"], config
+
+
+def run_part(name: str, bench: Bench) -> list[dict]:
+    """Explain, measure and print one part."""
+    print(f"\n--- {name}: {inspect.getdoc(PARTS[name])}\n", flush=True)
+    torch.manual_seed(bench.config.seed)
+    start = time.perf_counter()
+    rows = rounded(PARTS[name](bench))
+    if rows:
+        show(rows)
+    print(f"({time.perf_counter() - start:.0f} s)", flush=True)
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    """Do what is asked for. Raises ValueError or OSError for bad input."""
+    if argv == ["table"]:
+        return print(readme_table(HOME / "results"))
+    names, config = read_command(argv)
+    device, _ = pick_device(config.device)
+    require(
+        device.type in ("cpu", "cuda"), "device", device, "cpu or cuda, whose clocks this script can read"
+    )
+    dtype, _ = pick_dtype(config.dtype, device)
+    bench = Bench(config, device, dtype, pick_compile(config.compile, device, dtype)[0])
+    report = describe(bench, argv)
+    print(", ".join(f"{key} {report[key]}" for key in ("machine", "dtype", "compile", "versions", "load")))
+    report |= {"parts": {}, "failed": []}
+    for name in names:
+        try:
+            report["parts"][name] = run_part(name, bench)
+        except RuntimeError as error:  # of torch, such as too little memory; other parts may still do
+            print(f"{name} failed: {error}")
+            report["failed"].append(name)
+    if config.plot:
+        draw(report, config.plot)
+    if config.json:
+        Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+    print("\n" + json.dumps(report))
+    sys.exit(bool(report["failed"]))
+
+
+if __name__ == "__main__":
+    with bad_input_exits():
+        main(sys.argv[1:])
