@@ -40,8 +40,10 @@ class MoEConfig:
     n_hidden: int = 128  # hidden width H of one expert
     shared_hidden: int = 0  # hidden width of a shared expert that every token gets (0: none)
     n_dense_layer: int = 0  # the first layers that have one dense MLP of width k*H in place of experts
-    router: str = "seqtopk"  # topk, batchtopk, seqtopk, online_seqtopk or expert_choice
-    min_experts: int = 1  # no token gets fewer experts (batchtopk, seqtopk, online_seqtopk)
+    router: str = (
+        "seqtopk"  # a row of router.ROUTERS: topk, batchtopk, seqtopk, online_seqtopk, expert_choice
+    )
+    min_experts: int = 1  # no token gets fewer experts, under routers that take this
     max_experts: int | None = None  # no token gets more (none: k + 2, at most n_expert)
     strict: bool = True  # online_seqtopk never spends more than k experts per token of the past
     score_fn: str = "softmax"  # scores from the gate's logits: softmax or sigmoid

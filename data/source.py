@@ -31,14 +31,14 @@ def digest(named_texts: Iterable[tuple[str, str]]) -> str:
     """sha256 (hex) over the names and contents of texts, in order."""
     sha = hashlib.sha256()
     for name, text in named_texts:
-        sha.update(f"{name}\0{len(text)}\0".encode())
+        sha.update(f"{name}\0{len(text)}\0".encode(errors="surrogateescape"))
         sha.update(text.encode())
     return sha.hexdigest()
 
 
 def name_hash(name: str) -> float:
     """A number in [0, 1) that depends on the name only: the split of a file never depends on other files."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:6], "big") / 2**48
 
 
 def download(url: str, sha256: str, path: Path) -> Path:

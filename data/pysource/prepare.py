@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     train = [text for name, text in files.items() if name_hash(name) >= options.val_fraction]
     val = [text for name, text in files.items() if name_hash(name) < options.val_fraction]
     tokenizer = train_bpe(sample(train), options.vocab_size, "pysource")
-    meta = write_dataset(FOLDER, train, val, tokenizer, digest(files.items()))
+    meta = write_dataset(FOLDER, train, val, tokenizer, digest(files.items()), prompt="def ")
     print_summary(FOLDER, meta, time.time() - start)
 
 
@@ -87,7 +87,7 @@ def python_files(folder: Path) -> Iterator[str]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in SKIPPED]
         found += [Path(parent, name) for name in files if name.endswith(".py")]
-    small = [path for path in found if path.stat().st_size <= MAX_FILE_BYTES]
+    small = [path for path in found if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES]
     return iter(sorted(path.relative_to(folder).as_posix() for path in small))
 
 

@@ -4,8 +4,8 @@
     python data/shakespeare/prepare.py --source=PATH          (a copy on disk)
 
 The first 90% is for training and the last 10% for validation, as in nanoGPT. The default tokenizer is a BPE
-of 1,024 tokens trained on the text itself: GPT-2's 50,257 would cut the text into 300 thousand tokens and see
-most of its vocabulary never.
+of 1,024 tokens trained on the text itself: with GPT-2's 50,257 the text would be 300 thousand tokens, and
+most of the vocabulary would never occur.
 """
 
 import sys
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     text = read_text(source_file(options.source))
     cut = int(TRAIN_FRACTION * len(text))
     tokenizer = choose_tokenizer(options.tokenizer, [text[:cut]], options.vocab_size, "shakespeare")
-    meta = write_dataset(FOLDER, [text[:cut]], [text[cut:]], tokenizer, SHA256)
+    meta = write_dataset(FOLDER, [text[:cut]], [text[cut:]], tokenizer, SHA256, prompt="ROMEO:\n")
     print_summary(FOLDER, meta, time.time() - start)
 
 
