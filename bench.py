@@ -201,11 +201,11 @@ def bench_router(bench: Bench) -> list[dict]:
     B, T = size.batch_size, size.tokens
     scores = bench.scores(B, T, size.n_expert)
     calls = {name: partial(router.select, scores, size.k) for name, router in ROUTERS.items()}
-    times = bench.interleave(calls, 10)
+    times = bench.interleave(calls, 6)
     rows = [router_row(f"{name}, B={B}, T={T}", times[name], B * T, "topk", times["topk"]) for name in times]
     lengths = [T // 4 * 2**i for i in range(6)]
     scores = bench.scores(1, lengths[-1], size.n_expert)
-    times = bench.interleave({n: partial(online_seqtopk, scores[:, :n], size.k) for n in lengths}, 8)
+    times = bench.interleave({n: partial(online_seqtopk, scores[:, :n], size.k) for n in lengths}, 6)
     base = lengths[0]
     return rows + [
         router_row(f"online_seqtopk, B=1, T={n}", times[n], n, f"T={base}", times[base]) for n in lengths
@@ -242,7 +242,7 @@ def bench_layer(bench: Bench) -> list[dict]:
     for run, label, products in ((forward, "forward", 1), (both, "forward+backward", 3)):
         calls = {kind: partial(run, kind) for kind in layers}
         calls["matmul"] = lambda n=products: [x.detach() @ matrix for _ in range(n)]
-        times = bench.interleave(calls, 10, lambda kind: kind in layers and layers[kind][1].zero_grad())
+        times = bench.interleave(calls, 12, lambda kind: kind in layers and layers[kind][1].zero_grad())
         rows += [layer_row(f"{kind} {label}, {what}", kind, times, products * flops) for kind in layers]
     rows[-len(layers) + 1]["aim"] = f"at least {0.75 if bench.gpu else 0.95}"  # topk, forward+backward
     return rows
@@ -336,7 +336,8 @@ def bench_decode(bench: Bench) -> list[dict]:
     rows, given = [], bench.config
     for shape in [given.shape] if given.shape else ["heavy", "small", "tiny"]:
         model = MoEGPT(bench.shape(shape)).to(bench.device, bench.dtype).eval()
-        contexts = [n for n in (256, 512, 1024, 2048, 4096) if n <= model.config.block_size]
+        contexts = (256, 512, 1024, 2048, 4096)[:: 1 if bench.gpu else 2]
+        contexts = [n for n in contexts if n <= model.config.block_size]
         for batch_size in [given.batch_size] if given.batch_size else [1, 16]:
             for context in [given.tokens] if given.tokens else contexts:
                 row = {"what": f"{shape}, batch {batch_size}, context {context}"}

@@ -510,6 +510,7 @@ class MoEGPT(nn.Module):
         it is emptied and the newest half of the text is fed again, so that their routing begins anew; a
         prompt that does not fit is cut to its newest max_tokens // 2 tokens.
         """
+        require(idx.shape[1] >= 1, "tokens in the prompt", idx.shape[1], "at least 1")
         cache = cache or self.new_cache(len(idx))
         text, real = idx, torch.ones_like(idx, dtype=torch.bool) if active is None else active
         half = cache.max_tokens // 2

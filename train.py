@@ -355,10 +355,9 @@ def routing_summary(load: Tensor, experts: Tensor) -> dict:
     }
 
 
-# experts per token, load entropy and dead experts are those of the causal evaluation
 HEADER = (
-    "          train  causal validation   {as_trained:^17}    experts per token     load    dead    tokens\n"
-    "  step     nats     nats bits/byte      nats bits/byte     mean   min   max  entropy experts        /s"
+    "         train  causal validation   {as_trained:^17}  causal experts/token    load    dead    tokens\n"
+    "  step    nats     nats bits/byte      nats bits/byte     mean   min   max  entropy experts        /s"
 )
 
 

@@ -1,0 +1,74 @@
+"""What only a GPU can show. Skipped without one."""
+
+import pytest
+import torch
+
+from model import MoEConfig, MoEGPT, run_experts
+from router import ROUTERS, topk
+from tests.reference import ref_run_experts
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+SHAPE = {"vocab_size": 64, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 64, "n_hidden": 32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_run_experts_equals_its_reference(dtype):
+    """Values, and the gradients of used and unused experts, agree with the loop over tokens and experts."""
+    torch.manual_seed(0)
+    S, C, H, E = 128, 64, 32, 8
+    inputs = [torch.randn(S, C), torch.rand(S, E), torch.randn(E, C, 2 * H) / 8, torch.randn(E, H, C) / 6]
+    inputs = [t.to(dtype).float() for t in inputs]
+    scores = torch.rand(1, S, E)
+    scores[..., 3] = -1  # an expert without tokens
+    mask = topk(scores, 2)[0]
+    slow = [t.clone().requires_grad_() for t in inputs]
+    ref_run_experts(slow[0], mask, slow[1], slow[2], slow[3]).square().sum().backward()
+    fast = [t.cuda() for t in inputs]
+    fast = [(t if i == 1 else t.to(dtype)).requires_grad_() for i, t in enumerate(fast)]
+    run_experts(fast[0], mask.cuda(), fast[1], fast[2], fast[3], 2 * S).square().sum().backward()
+    close = 1e-3 if dtype == torch.float32 else 4e-2
+    for a, b in zip(slow, fast, strict=True):
+        assert (a.grad - b.grad.float().cpu()).norm() <= close * a.grad.norm()
+    assert not fast[2].grad[3].any() and not fast[3].grad[3].any()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_agree_with_the_cpu(name):
+    """A mask does not depend on the device, ties included."""
+    scores = (torch.rand(3, 100, 16, generator=torch.Generator().manual_seed(0)) * 8).round()
+    assert torch.equal(ROUTERS[name].select(scores.cuda(), 3).cpu(), ROUTERS[name].select(scores, 3))
+
+
+def test_decoding_with_caches_equals_the_forward_without():
+    """One token at a time gives the logits of the whole sequence."""
+    torch.manual_seed(0)
+    model = MoEGPT(MoEConfig(**SHAPE)).cuda()
+    idx = torch.randint(64, (2, 40)).cuda()
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        steps = torch.cat([model(idx[:, t : t + 1], cache=cache)[0] for t in range(40)], dim=1)
+        assert torch.allclose(steps, model(idx, router="online_seqtopk")[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name, router in ROUTERS.items() if router.exact])
+def test_an_exact_router_never_waits_for_the_device(name):
+    """A forward and a backward under bfloat16 autocast read nothing back to the host."""
+    model = MoEGPT(MoEConfig(**SHAPE, router=name)).cuda()
+    idx = torch.randint(64, (4, 64)).cuda()
+    for mode in ("default", "error"):  # the first round sets up kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                _, loss, stats = model(idx, idx)
+            (loss + stats.balance_loss).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_strict_online_routing_is_one_graph():
+    """torch.compile takes the model whole in bfloat16."""
+    model = MoEGPT(MoEConfig(**SHAPE, router="online_seqtopk")).cuda()
+    idx = torch.randint(64, (4, 64)).cuda()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.allclose(compiled(idx, idx)[1], model(idx, idx)[1], atol=2e-2)
