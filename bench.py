@@ -242,7 +242,7 @@ def bench_layer(bench: Bench) -> list[dict]:
     for run, label, products in ((forward, "forward", 1), (both, "forward+backward", 3)):
         calls = {kind: partial(run, kind) for kind in layers}
         calls["matmul"] = lambda n=products: [x.detach() @ matrix for _ in range(n)]
-        times = bench.interleave(calls, 12, lambda kind: kind in layers and layers[kind][1].zero_grad())
+        times = bench.interleave(calls, 10, lambda kind: kind in layers and layers[kind][1].zero_grad())
         rows += [layer_row(f"{kind} {label}, {what}", kind, times, products * flops) for kind in layers]
     rows[-len(layers) + 1]["aim"] = f"at least {0.75 if bench.gpu else 0.95}"  # topk, forward+backward
     return rows
@@ -283,7 +283,7 @@ def bench_train(bench: Bench) -> list[dict]:
     text = bench.text(model.config.vocab_size, size.batch_size, size.tokens + 1)
     step = train_step(model, bench.compiled(model), text, bench.dtype)
     calls = {name: partial(step, name) for name in ROUTERS}
-    times = bench.interleave(calls, 50)
+    times = bench.interleave(calls, 40)
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
     known = (peak for name, peak in PEAKS.items() if name in bench.machine and bench.dtype != torch.float32)
     peak_flops = next(known, None)
@@ -335,7 +335,7 @@ def bench_decode(bench: Bench) -> list[dict]:
     """
     rows, given = [], bench.config
     for shape in [given.shape] if given.shape else ["heavy", "small", "tiny"]:
-        model = MoEGPT(bench.shape(shape)).to(bench.device, bench.dtype).eval()
+        model = MoEGPT(bench.shape(shape)).to(bench.device).cast(bench.dtype).eval()
         contexts = (256, 512, 1024, 2048, 4096)[:: 1 if bench.gpu else 2]
         contexts = [n for n in contexts if n <= model.config.block_size]
         for batch_size in [given.batch_size] if given.batch_size else [1, 16]:
@@ -360,7 +360,7 @@ def decode_row(bench: Bench, model: MoEGPT, batch_size: int, context: int) -> di
     streams = {name: model.generate(token, steps, cache, 1.0, top_p=None) for name, cache in caches.items()}
     chunks = {name: [next(stream)] for name, stream in streams.items()}
     calls = {name: lambda name=name: chunks[name].append(next(streams[name])) for name in caches}
-    times = bench.interleave(calls, 2.5)
+    times = bench.interleave(calls, 2)
     step = {name: median(taken) for name, taken in times.items()}
     experts = [torch.cat([c.experts for c in chunks[name]]).float().mean().item() for name in caches]
     weights, (small, large) = sum(p.nbytes for p in model.parameters()), (caches[base], caches[ours])
@@ -384,7 +384,7 @@ def prefill_figures(bench: Bench, model: MoEGPT, caches: dict, batch_size: int, 
         return {}
     prompt = bench.text(model.config.vocab_size, batch_size, context)
     calls = {name: lambda c=cache: next(model.generate(prompt, 1, c)) for name, cache in caches.items()}
-    times = bench.interleave(calls, 2, lambda name: caches[name].reset())
+    times = bench.interleave(calls, 1, lambda name: caches[name].reset())
     rate = batch_size * context / median(times["online_seqtopk"])
     return {"prefill tokens/s": rate, "speed/topk, prefill": ratio(times["topk"], times["online_seqtopk"])}
 
@@ -459,7 +459,8 @@ def bench_peers(bench: Bench) -> list[dict]:
         print("skipped: transformers is not installed (pip install transformers)")
         return []
     shape = bench.shape("peers")
-    ours, theirs = (model.to(bench.device, bench.dtype) for model in (MoEGPT(shape), make_olmoe(shape)))
+    ours = MoEGPT(shape).to(bench.device).cast(bench.dtype)
+    theirs = make_olmoe(shape).to(bench.device, bench.dtype)
     counts = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
     assert counts[0] == counts[1], f"the models differ: {counts} parameters"
     size = bench.sized(batch_size=8, tokens=shape.block_size)
@@ -512,7 +513,7 @@ def bench_arithmetic(bench: Bench) -> list[dict]:
     """
     config = bench.config
     checkpoint = load_checkpoint(Path(config.out_dir) / "best.pt")
-    model = MoEGPT.from_checkpoint(checkpoint).to(bench.device, bench.dtype).eval()
+    model = MoEGPT.from_checkpoint(checkpoint).to(bench.device).cast(bench.dtype).eval()
     lines = (data.load("arithmetic").folder / "test.jsonl").read_text().splitlines()
     levels: dict[int, list[dict]] = {}
     for problem in map(json.loads, lines):
