@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     train = [text for name, text in files.items() if name_hash(name) >= options.val_fraction]
     val = [text for name, text in files.items() if name_hash(name) < options.val_fraction]
     tokenizer = train_bpe(sample(train), options.vocab_size, "pysource")
-    meta = write_dataset(FOLDER, train, val, tokenizer, digest(files.items()), prompt="def ")
+    meta = write_dataset(FOLDER, train, val, tokenizer, digest(files.items()), prompt="class")
     print_summary(FOLDER, meta, time.time() - start)
 
 
