@@ -356,8 +356,8 @@ def routing_summary(load: Tensor, experts: Tensor) -> dict:
 
 
 HEADER = (
-    "         train  causal validation   {as_trained:^17}  causal experts/token    load    dead    tokens\n"
-    "  step    nats     nats bits/byte      nats bits/byte     mean   min   max  entropy experts        /s"
+    "          train  causal validation   {as_trained:^17}  causal experts/token    load    dead    tokens\n"
+    "  step     nats     nats bits/byte      nats bits/byte     mean   min   max  entropy experts        /s"
 )
 
 
