@@ -40,9 +40,7 @@ class MoEConfig:
     n_hidden: int = 128  # hidden width H of one expert
     shared_hidden: int = 0  # hidden width of a shared expert that every token gets (0: none)
     n_dense_layer: int = 0  # the first layers that have one dense MLP of width k*H in place of experts
-    router: str = (
-        "seqtopk"  # a row of router.ROUTERS: topk, batchtopk, seqtopk, online_seqtopk, expert_choice
-    )
+    router: str = "seqtopk"  # topk, batchtopk, seqtopk, online_seqtopk, expert_choice: rows of router.ROUTERS
     min_experts: int = 1  # no token gets fewer experts, under routers that take this
     max_experts: int | None = None  # no token gets more (none: k + 2, at most n_expert)
     strict: bool = True  # online_seqtopk never spends more than k experts per token of the past
@@ -424,12 +422,9 @@ class MoEGPT(nn.Module):
         """
         x, stats = self._trunk(idx, cache, router, active)
         logits = self.head(x).float()
-        loss = (
-            None
-            if targets is None
-            else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        )
-        return logits, loss, stats
+        if targets is None:
+            return logits, None, stats
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1), stats
 
     def _trunk(self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None):
         """Everything before the head: (B, T, C), Stats."""

@@ -341,7 +341,7 @@ class Router(NamedTuple):
     causal: bool  # a token's row depends on its own past and present only
     exact: bool  # spends exactly B*T*k pairs, so every tensor behind it has a static shape
     decode: str  # the causal router that stands in when text is generated or a likelihood is reported
-    options: tuple[str, ...] = ()  # the settings that it takes besides k
+    options: tuple[str, ...] = ()  # the settings it takes besides k; "strict" means at most k pairs a token
     cache: type[ExpertCache] | None = None  # what decoding must remember; takes the same settings
 
 
@@ -353,7 +353,7 @@ ROUTERS = {
     "seqtopk": Router(seqtopk, causal=False, exact=True, decode="online_seqtopk", options=BOUNDS),
     "online_seqtopk": Router(
         online_seqtopk,
-        True,
+        causal=True,
         exact=False,
         decode="online_seqtopk",
         options=(*BOUNDS, "strict"),

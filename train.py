@@ -3,7 +3,7 @@
     python train.py config/tiny_seqtopk.py
     python train.py config/small_seqtopk.py --k=4 --max_iters=2000
     python train.py --init_from=resume --out_dir=out/tiny_seqtopk
-    python train.py --init_from=out/small_topk --router=seqtopk --max_iters=100 --out_dir=out/tuned
+    python train.py --init_from=out/small_topk --router=seqtopk --max_iters=100 --warmup_iters=10
 
 Each evaluation prints two validation losses. The first is causal: the router's `decode` stand-in routes,
 which sees no future token, as when sampling; it is the likelihood of the text. The second is under the router
@@ -37,9 +37,7 @@ class TrainConfig(MoEConfig):
     """Training: data, optimiser, device and reports. Raises ValueError for impossible values."""
 
     out_dir: str = ""  # folder of the run (empty: out/<name of the config file>)
-    init_from: str = (
-        "scratch"  # scratch; resume the run in out_dir; or a run's folder or checkpoint to fine-tune
-    )
+    init_from: str = "scratch"  # scratch, resume (the run in out_dir), or a run or checkpoint to fine-tune
     dataset: str = "pysource"  # a folder of data/, prepared if need be, or the path of one
     batch_size: int = 16  # sequences in a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches in an iteration
@@ -54,9 +52,7 @@ class TrainConfig(MoEConfig):
     grad_clip: float = 1.0  # largest norm of the gradient (0: any)
     balance_coef: float = 0.01  # weight of the load-balance loss
     z_coef: float = 0.001  # weight of the router z-loss
-    bias_rate: float = (
-        0.0  # step of the loss-free balancing bias (0: none; 0.001 with balance_coef=0 in DeepSeek-V3)
-    )
+    bias_rate: float = 0.0  # step of the loss-free balancing bias (0: none; arXiv 2408.15664 has 0.001)
     eval_interval: int = 100  # iterations between evaluations; each one saves last.pt
     eval_windows: int = 128  # sequences of the validation data in an evaluation, always the same
     log_interval: int = 10  # iterations between lines of log.jsonl and checks for NaN
@@ -212,11 +208,9 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     compiled, compile_reason = pick_compile(config.compile, device, dtype)
     torch.manual_seed(config.seed)
     architecture = {field.name: getattr(config, field.name) for field in fields(MoEConfig)}
-    model = (
-        MoEGPT.from_checkpoint(checkpoint, **architecture)
-        if checkpoint
-        else MoEGPT(MoEConfig(**architecture))
-    )
+    model = MoEGPT(MoEConfig(**architecture))
+    if checkpoint:
+        model = MoEGPT.from_checkpoint(checkpoint, **architecture)
     model = model.to(device)
     print(f"device    {device} ({device_reason})")
     print(f"dtype     {str(dtype).removeprefix('torch.')} ({dtype_reason})")
@@ -528,11 +522,8 @@ def describe(run: Run) -> str:
     size = len(run.dataset.train)
     flops = run.model.flops_per_token(config.block_size)
     stand_in = ROUTERS[config.router].decode
-    routing = (
-        f"{config.router}, {config.k} of {config.n_expert} experts per token; causal stand-in {stand_in}"
-    )
-    if config.n_expert == 1:
-        routing = "none: a dense model"
+    routing = f"{config.k} of {config.n_expert} experts per token; causal stand-in {stand_in}"
+    routing = f"{config.router}, {routing}" if config.n_expert > 1 else "none: a dense model"
     return (
         f"model     {total:,} parameters, {active:,} active per token, {flops / 1e6:.1f} MFLOP per token\n"
         f"router    {routing}\n"

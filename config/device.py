@@ -6,8 +6,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str) -> tuple[torch.device, str]:
-    """The device of that name (auto: CUDA if there is any), and why. Raises ValueError if this machine lacks
-    it."""
+    """The device of that name (auto: CUDA if there is any), and why. Raises ValueError if it is not there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda"), torch.cuda.get_device_name()
@@ -20,25 +19,21 @@ def pick_device(name: str) -> tuple[torch.device, str]:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of that name (auto: what the device computes fast and safely), and why. Raises ValueError for
-    others."""
+    """The dtype of that name (auto: fast and safe on the device), and why. Raises ValueError for others."""
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"dtype is {name}, but must be auto, {', '.join(DTYPES)}")
         return DTYPES[name], "as asked"
     if device.type != "cuda":
-        return torch.float32, f"half precision pays on GPUs only, and this is {device.type}"
-    major, minor = torch.cuda.get_device_capability(
-        device
-    )  # is_bf16_supported() counts slow emulation as well
+        return torch.float32, "the safe choice without a GPU"
+    major, minor = torch.cuda.get_device_capability(device)  # is_bf16_supported() counts emulation too
     if major >= 8:
         return torch.bfloat16, f"compute capability {major}.{minor} has bfloat16"
     return torch.float16, f"compute capability {major}.{minor} lacks bfloat16"
 
 
 def pick_compile(name: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether to use torch.compile (auto: in bfloat16 on a GPU), and why. Raises ValueError for an unknown
-    name."""
+    """Whether to use torch.compile (auto: in bfloat16 on a GPU), and why. Raises ValueError for others."""
     if name not in ("auto", "true", "false"):
         raise ValueError(f"compile is {name}, but must be auto, true or false")
     if name != "auto":
