@@ -536,14 +536,17 @@ def describe(run: Run) -> str:
 
 def estimate(run: Run) -> str:
     """How long the iterations that are left will take, from one micro-batch; nothing of the run changes."""
+    size = run.config.batch_size
+    rows = size if run.device.type == "cuda" else max(1, size // 4)  # a large model takes long on a CPU
+    x, y = (tokens[:rows] for tokens in batch(run, 0))
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
-        losses(run, *batch(run, 0))[0].backward()
+        losses(run, x, y)[0].backward()
         run.optimizer.zero_grad()
         if run.device.type == "cuda":
             torch.cuda.synchronize()
     left = (run.config.max_iters - run.step) * run.config.gradient_accumulation_steps
-    minutes = left * (time.perf_counter() - start) / 60
+    minutes = left * (time.perf_counter() - start) * size / rows / 60
     took = f"{minutes:.1f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
     return f"about {took} on this machine, evaluations not counted"
 
