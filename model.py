@@ -535,11 +535,14 @@ class MoEGPT(nn.Module):
         x, stats = self._trunk(idx, cache, None, active)
         return self.head(x[:, -1]).float(), stats.experts.permute(1, 2, 0)
 
+    def expert_layers(self) -> list[MoE]:
+        """The L layers that have experts, in the order of Stats."""
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+
     def n_params(self) -> tuple[int, int]:
         """Parameters in all, and those that an average token uses: k of E experts."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
-        experts = sum(layer.w_in.numel() + layer.w_out.numel() for layer in layers)
+        experts = sum(layer.w_in.numel() + layer.w_out.numel() for layer in self.expert_layers())
         return total, total - experts * (self.config.n_expert - self.config.k) // self.config.n_expert
 
     def flops_per_token(self, tokens: int) -> int:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 from config import bad_input_exits, parse
 from config.device import pick_compile, pick_device, pick_dtype
-from model import MoE, MoEConfig, MoEGPT, Stats, load_checkpoint, require, save_checkpoint
+from model import MoEConfig, MoEGPT, Stats, load_checkpoint, require, save_checkpoint
 from router import ROUTERS, loss_free_update
 
 
@@ -207,10 +207,8 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     dtype, dtype_reason = pick_dtype(config.dtype, device)
     compiled, compile_reason = pick_compile(config.compile, device, dtype)
     torch.manual_seed(config.seed)
-    architecture = {field.name: getattr(config, field.name) for field in fields(MoEConfig)}
-    model = MoEGPT(MoEConfig(**architecture))
-    if checkpoint:
-        model = MoEGPT.from_checkpoint(checkpoint, **architecture)
+    shape = {field.name: getattr(config, field.name) for field in fields(MoEConfig)}
+    model = MoEGPT.from_checkpoint(checkpoint, **shape) if checkpoint else MoEGPT(MoEConfig(**shape))
     model = model.to(device)
     print(f"device    {device} ({device_reason})")
     print(f"dtype     {str(dtype).removeprefix('torch.')} ({dtype_reason})")
@@ -301,8 +299,7 @@ def train_step(run: Run) -> Tensor:
     run.scaler.update()
     run.optimizer.zero_grad()
     if config.bias_rate:
-        layers = [block.mlp for block in run.model.blocks if isinstance(block.mlp, MoE)]
-        for layer, layer_load in zip(layers, load, strict=True):
+        for layer, layer_load in zip(run.model.expert_layers(), load, strict=True):
             layer.bias.copy_(loss_free_update(layer.bias, layer_load, config.bias_rate))
     run.step += 1
     return torch.stack([mean_loss, norm])
