@@ -101,6 +101,14 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
 SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}
 
 
+class Routing(NamedTuple):
+    """What the gate of one layer said of each token, and what the router made of it: (B, T, E) each."""
+
+    logits: Tensor  # float32
+    scores: Tensor  # float32
+    mask: Tensor  # bool
+
+
 class Stats(NamedTuple):
     """What the routing of one forward did. L is 0 in a dense model."""
 
@@ -194,17 +202,21 @@ def routing_options(config: MoEConfig, router: Router) -> dict:
 
 
 def rope_angles(position: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B or 1, 1, T, D/2) each, of the angles at position (B or 1, T) (arXiv 2104.09864)."""
+    """cos and sin, (B or 1, 1, T, D) each, of the angles at position (B or 1, T) (arXiv 2104.09864).
+
+    Both halves of D have the same angles; the sines of the first half are negative.
+    """
     exponent = torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim
-    angle = position[:, None, :, None] * config.rope_theta**-exponent
-    return angle.cos(), angle.sin()
+    angle = position[:, None, :, None] * config.rope_theta**-exponent  # (B or 1, 1, T, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (x[i], x[i + D/2]) of each head. x (B, heads, T, D) -> the same in float32."""
     cos, sin = angles
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    x = x.float()
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Context(NamedTuple):
@@ -274,15 +286,12 @@ def sort_pairs(mask: Tensor, size: int | None) -> tuple[Tensor, Tensor, Tensor]:
 
     `size`: a number N that the pairs cannot exceed, or None to count them, which waits for the device.
     -> flat index e*S + s of each pair (N,), its token s (N,), where each expert ends (E,) int32.
-    Spare pairs have the flat index -1 and some valid token, and go to the last expert that is in use: its
-    weights are read in any case.
+    Spare pairs come last and have the flat index -1 and some valid token.
     """
     flat = mask.T.reshape(-1)  # (E*S,)
     pair = flat.nonzero() if size is None else torch.nonzero_static(flat, size=size, fill_value=-1)
     pair = pair.squeeze(1)  # (N,)
-    ends = mask.sum(0).cumsum(0)
-    ends = torch.where(ends == ends[-1], pair.shape[0], ends).int()
-    return pair, pair % mask.shape[0], ends
+    return pair, pair % mask.shape[0], mask.sum(0).cumsum(0).int()
 
 
 def run_experts(
@@ -294,10 +303,50 @@ def run_experts(
     sort_pairs -> (S, C) float32. An expert without tokens costs nothing and gets a zero gradient.
     """
     pair, token, ends = sort_pairs(mask, size)
+    spare = pair < 0
+    if torch.is_grad_enabled():  # grouped_mm leaves rows behind the last end, and their gradients, undefined:
+        ends = torch.where(ends == ends[-1], len(pair), ends).int()  # the last expert in use has them, too
+    pair_weight = torch.where(spare, 0, weight.T.reshape(-1).index_select(0, pair.clamp(min=0)))  # (N,)
     h = swiglu(F.grouped_mm(x.index_select(0, token), w_in, offs=ends))  # (N, H)
-    y = F.grouped_mm(h, w_out, offs=ends)  # (N, C)
-    pair_weight = torch.where(pair < 0, 0, weight.T.reshape(-1).index_select(0, pair.clamp(min=0)))  # (N,)
-    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, y * pair_weight.unsqueeze(-1))
+    h = (h * pair_weight.unsqueeze(-1)).to(x.dtype)  # here, as rows are narrower than behind w_out
+    y = F.grouped_mm(h, w_out, offs=ends).float()  # (N, C)
+    if not torch.is_grad_enabled():
+        y = y.masked_fill_(spare.unsqueeze(-1), 0)
+    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, y)
+
+
+def run_few_pairs(
+    x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, size: int | None
+) -> Tensor:
+    """`run_experts` for so few pairs on a CPU that reading weights is all the work: a step of decoding.
+
+    One row times a matrix is a weighted sum of the matrix's rows, and embedding_bag adds up rows where they
+    lie. Each of N places has P bags; where the pairs are fewer, empty bags are spread among the full ones,
+    since threads share out the bags, and not the work.
+    """
+    (S, E), P = mask.shape, 4
+    pair = mask.nonzero() if size is None else torch.nonzero_static(mask, size=size, fill_value=E)
+    token, expert = pair[:, 0].clamp(max=S - 1), pair[:, 1].clamp(max=E - 1)  # (N,), spare ones at the end
+    N, n_pairs = len(pair), mask.sum()
+    count = torch.arange(N * P + 1, device=x.device)
+    before = count * n_pairs // max(N, 1)  # (N*P + 1,) full bags before each bag
+    full = (count[1:] * N - 1) // n_pairs.clamp(min=1)  # (N*P,) the full bags, in order
+
+    def add_up(matrices: Tensor, rows: Tensor) -> Tensor:
+        """rows (N, R) of the pairs times their experts' of matrices (E, R, M) -> (N*P, M) in bags."""
+        R = rows.shape[1]
+        row = (expert.unsqueeze(1) * R + torch.arange(R, device=x.device)).flatten()
+        table, starts, amount = matrices.flatten(0, 1), before * (R // P), rows.flatten()
+        return F.embedding_bag(
+            row, table, starts, mode="sum", per_sample_weights=amount, include_last_offset=True
+        )
+
+    h = add_up(w_in, x.index_select(0, token)).index_select(0, full.clamp(max=N * P - 1))  # (N*P, 2H)
+    h = swiglu(h.unflatten(0, (N, P)).sum(1))  # (N, H) of the pairs
+    pair_weight = weight.flatten().index_select(0, token * E + expert)  # (N,)
+    y = add_up(w_out, (h * pair_weight.unsqueeze(-1)).to(x.dtype))  # (N*P, C)
+    token = token.index_select(0, (before[:-1] // P).clamp(max=N - 1))
+    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, y.float())
 
 
 class MoE(nn.Module):
@@ -312,8 +361,8 @@ class MoE(nn.Module):
         self.shared = MLP(config.n_embd, config.shared_hidden) if config.shared_hidden else None
         self.register_buffer("bias", torch.zeros(config.n_expert))  # for selection: router.loss_free_update
 
-    def forward(self, x: Tensor, context: Context, cache: ExpertCache | None) -> tuple[Tensor, Stats]:
-        """x (B, T, C) -> the same shape, and the statistics of this layer (load (E,), experts (B, T))."""
+    def forward(self, x: Tensor, context: Context, cache: ExpertCache | None) -> tuple[Tensor, Routing]:
+        """x (B, T, C) -> the same shape, and how it was routed."""
         B, T, C = x.shape
         with torch.autocast(x.device.type, enabled=False):  # routing is float32 throughout
             logits = F.linear(x.float(), self.gate.weight.float())  # (B, T, E)
@@ -327,10 +376,12 @@ class MoE(nn.Module):
         w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)  # grouped_mm knows nothing of autocast
         size = self.max_pairs(B * T, context)
         tokens, mask_s, weight_s = x.reshape(-1, C).to(dtype), mask.flatten(0, 1), weight.flatten(0, 1)
-        y = run_experts(tokens, mask_s, weight_s, w_in, w_out, size).to(x.dtype).view(B, T, C)
+        few = x.is_cpu and not torch.is_grad_enabled() and B * T * self.config.k <= self.config.n_expert
+        run = run_few_pairs if few else run_experts
+        y = run(tokens, mask_s, weight_s, w_in, w_out, size).to(x.dtype).view(B, T, C)
         if self.shared is not None:
             y = y + self.shared(x)
-        return y, Stats(load_balance_loss(scores, mask), z_loss(logits), mask.sum((0, 1)), mask.sum(-1))
+        return y, Routing(logits, scores, mask)
 
     @torch.no_grad()
     def select(self, scores: Tensor, context: Context, cache: ExpertCache | None) -> Tensor:
@@ -364,13 +415,13 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, context: Context, kv: KVCache | None, experts: ExpertCache | None
-    ) -> tuple[Tensor, Stats | None]:
+    ) -> tuple[Tensor, Routing | None]:
         x = x + self.attention(self.attention_norm(x), context, kv)
         h = self.mlp_norm(x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(h), None
-        y, stats = self.mlp(h, context, experts)
-        return x + y, stats
+        y, routing = self.mlp(h, context, experts)
+        return x + y, routing
 
 
 # -------------------- the model ---------------------------------------------------------------------------
@@ -420,25 +471,28 @@ class MoEGPT(nn.Module):
         float32, loss, Stats. Raises ValueError for a sequence longer than block_size, or than the cache has
         room for.
         """
-        x, stats = self._trunk(idx, cache, router, active)
+        x, routings = self._trunk(idx, cache, router, active)
+        stats = self._collect(routings, idx)
         logits = self.head(x).float()
         if targets is None:
             return logits, None, stats
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1), stats
 
-    def _trunk(self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None):
-        """Everything before the head: (B, T, C), Stats."""
+    def _trunk(
+        self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None
+    ) -> tuple[Tensor, list[Routing]]:
+        """Everything before the head: (B, T, C), and how the L layers with experts routed."""
         context = self._context(idx, cache, router, active)
         x = self.embedding(idx)  # (B, T, C)
-        stats = []
+        routings = []
         for layer, block in enumerate(self.blocks):
             kv, experts = (cache.kv[layer], cache.experts[layer]) if cache else (None, None)
-            x, layer_stats = block(x, context, kv, experts)
-            if layer_stats is not None:
-                stats.append(layer_stats)
+            x, routing = block(x, context, kv, experts)
+            if routing is not None:
+                routings.append(routing)
         if cache:
             cache.advance(idx.shape[1])
-        return self.norm(x), self._collect(stats, idx)
+        return self.norm(x), routings
 
     def _context(
         self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None
@@ -461,13 +515,14 @@ class MoEGPT(nn.Module):
         angles = rope_angles(position, self.config)
         return Context(ROUTERS[router or self.config.router], angles, visible, active, pos)
 
-    def _collect(self, stats: list[Stats], idx: Tensor) -> Stats:
+    def _collect(self, routings: list[Routing], idx: Tensor) -> Stats:
         """Put the layers' statistics together."""
-        if not stats:
+        if not routings:
             zero = torch.zeros((), device=idx.device)
             return Stats(zero, zero, idx.new_zeros(0, self.config.n_expert), idx.new_zeros(0, *idx.shape))
-        balance, z, load, experts = (torch.stack(values) for values in zip(*stats, strict=True))
-        return Stats(balance.mean(), z.mean(), load, experts)
+        logits, scores, mask = (torch.stack(values) for values in zip(*routings, strict=True))  # (L, B, T, E)
+        balance = torch.stack([load_balance_loss(*layer) for layer in zip(scores, mask, strict=True)])
+        return Stats(balance.mean(), z_loss(logits), mask.sum((1, 2)), mask.sum(-1))
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None, router: str | None = None) -> Cache:
         """An empty cache for batch_size sequences of up to max_tokens (None: block_size) tokens.
@@ -532,8 +587,10 @@ class MoEGPT(nn.Module):
 
     def _feed(self, idx: Tensor, cache: Cache, active: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits (B, V) after the last token, and experts (B, t, L) of each."""
-        x, stats = self._trunk(idx, cache, None, active)
-        return self.head(x[:, -1]).float(), stats.experts.permute(1, 2, 0)
+        x, routings = self._trunk(idx, cache, None, active)
+        masks = [routing.mask for routing in routings]
+        experts = torch.stack(masks, dim=2).sum(-1) if masks else idx.new_zeros(*idx.shape, 0)
+        return self.head(x[:, -1]).float(), experts
 
     def expert_layers(self) -> list[MoE]:
         """The L layers that have experts, in the order of Stats."""

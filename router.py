@@ -191,6 +191,8 @@ def _cap_spending(count: Tensor, budget: Tensor, spent: Tensor) -> Tensor:
     The sum S_m = min(S_{m-1} + count_m, budget_m) in parallel: with A the uncapped sum, S = A + min(0, the
     lowest budget - A so far).
     """
+    if count.shape[1] == 1:
+        return torch.minimum(count, budget - spent)
     uncapped = spent + count.cumsum(-1)
     total = uncapped + (budget - uncapped).clamp(max=0).cummin(-1).values
     return total.diff(dim=-1, prepend=spent)
@@ -227,9 +229,10 @@ class ExpertCache:
         self.per_token = k - min_experts  # what each token adds to the budget for candidates
         c = self.max_experts - min_experts
         self.sorted = torch.empty(batch_size, max_tokens * c, device=device)  # ascending, -inf where empty
-        self.recent = torch.empty(batch_size, min(self.RECENT, max_tokens), c, device=device)  # as they came
+        self.recent = torch.empty(batch_size, min(self.RECENT, max_tokens) * c, device=device)  # as they came
         self.budget = torch.empty(batch_size, 1, dtype=torch.int64, device=device)
         self.spent = torch.empty_like(self.budget)
+        self.last_place = max_tokens * c + torch.arange(c, device=device)  # see _count_one
         self.reset()
 
     def reset(self) -> None:
@@ -243,7 +246,7 @@ class ExpertCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory held."""
-        return sum(x.nbytes for x in (self.sorted, self.recent, self.budget, self.spent))
+        return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
     def select(self, scores: Tensor, active: Tensor | None = None) -> Tensor:
         """Route the next t tokens of every sequence.
@@ -260,42 +263,47 @@ class ExpertCache:
             )
         values, experts = _rank_experts(scores.detach(), self.max_experts)
         candidates = values[..., self.min_experts :]  # (B, t, c)
-        if active is None:
-            budget = self.budget + self.per_token * torch.arange(1, t + 1, device=scores.device)
-        else:
+        if active is not None:
             budget = self.budget + self.per_token * active.cumsum(-1)
             candidates = candidates.masked_fill(~active.unsqueeze(-1), -torch.inf)
+        elif t == 1:
+            budget = self.budget + self.per_token
+        else:
+            budget = self.budget + self.per_token * torch.arange(1, t + 1, device=scores.device)
         count = self._count_one(candidates, budget) if t == 1 else self._count_many(candidates, budget)
         if self.strict:
             count = _cap_spending(count, budget, self.spent)
-        self.budget = budget[:, -1:].clone()  # a view would keep all t of them
-        self.spent = self.spent + count.sum(-1, keepdim=True)
+        self.budget.copy_(budget[:, -1:])
+        self.spent += count if t == 1 else count.sum(-1, keepdim=True)
         self._remember(candidates)
         count = count + self.min_experts
         return _take_best(scores, experts, count if active is None else count * active)
 
     def _count_one(self, candidates: Tensor, budget: Tensor) -> Tensor:
-        """`_count_above_threshold` for one token: candidates (B, 1, c), budget (B, 1) -> (B, 1)."""
-        new = candidates.squeeze(1).contiguous()  # (B, c)
-        better = self.sorted.shape[1] - torch.searchsorted(self.sorted, new)
-        better += (self.recent.flatten(1).unsqueeze(1) >= new.unsqueeze(-1)).sum(-1)
-        better += torch.arange(new.shape[1], device=new.device)  # its own better candidates
-        return (better < budget).sum(-1, keepdim=True)
+        """`_count_above_threshold` for one token: candidates (B, 1, c), budget (B, 1) -> (B, 1).
+
+        Better than a candidate are those above its place in the sorted buffer, the recent ones that are not
+        below it, and the better ones of its own token.
+        """
+        place = torch.searchsorted(self.sorted, candidates.squeeze(1).contiguous())  # (B, c)
+        recent = (self.recent.unsqueeze(1) >= candidates.mT).sum(-1)  # (B, c)
+        return (self.last_place - place + recent < budget).sum(-1, keepdim=True)
 
     def _count_many(self, candidates: Tensor, budget: Tensor) -> Tensor:
         c = candidates.shape[-1]
         in_sorted = self.sorted[:, self.sorted.shape[1] - self.n_sorted * c :]
-        past = torch.cat([in_sorted, self.recent[:, : self.n_recent].flatten(1)], dim=1)
+        past = torch.cat([in_sorted, self.recent[:, : self.n_recent * c]], dim=1)
         return _count_above_threshold(candidates, past, budget)
 
     def _remember(self, candidates: Tensor) -> None:
         """Add candidates (B, t, c) to the recent ones while there is room; else merge all into the sorted."""
-        t = candidates.shape[1]
-        if self.n_recent + t <= self.recent.shape[1]:
-            self.recent[:, self.n_recent : self.n_recent + t] = candidates
+        _, t, c = candidates.shape
+        start, end = self.n_recent * c, (self.n_recent + t) * c
+        if end <= self.recent.shape[1]:
+            self.recent[:, start:end] = candidates.flatten(1)
             self.n_recent += t
             return
-        new = torch.cat([self.recent, candidates], dim=1).flatten(1).sort(dim=-1).values  # (B, n)
+        new = torch.cat([self.recent, candidates.flatten(1)], dim=1).sort(dim=-1).values  # (B, n)
         place = torch.searchsorted(self.sorted, new) + torch.arange(new.shape[1], device=new.device)
         merged = new.new_empty(new.shape[0], self.sorted.shape[1] + new.shape[1])
         is_new = torch.zeros_like(merged, dtype=torch.bool).scatter_(1, place, True)

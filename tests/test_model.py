@@ -18,6 +18,7 @@ from model import (
     rope_angles,
     rotate,
     run_experts,
+    run_few_pairs,
     sample_token,
     save_checkpoint,
 )
@@ -189,6 +190,23 @@ def test_run_experts_equals_the_loop_over_tokens_and_experts(kind, shape):
             assert not got["weight"][~mask].any() and not got["x"][~mask.any(1)].any()
 
 
+@torch.no_grad()
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("run", [run_experts, run_few_pairs])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gradients_both_ways_equal_the_loop(kind, shape, run):
+    """When decoding, too, the output is the reference's, for every mask, size and dtype, and never NaN."""
+    mask, inputs, _ = draw_experts(kind, *SHAPES[shape])
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        x, weight, w_in, w_out = (tensor if i == 1 else tensor.to(dtype) for i, tensor in enumerate(inputs))
+        want = ref_run_experts(x.float(), mask, weight, w_in.float(), w_out.float())
+        for size in SIZES.values():
+            got = run(x, mask, weight, w_in, w_out, size(int(mask.sum())))
+            assert got.dtype == torch.float32 and got.isfinite().all()
+            assert (got - want).norm() <= tolerance * want.norm()
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("kind", ["ragged", "idle_tokens", "idle_experts", "no_pair"])
 def test_spare_rows_change_nothing_however_large_the_numbers(kind):
@@ -224,12 +242,12 @@ def parameters_of(layer: MoE) -> dict[str, Tensor]:
 @pytest.mark.parametrize("norm_topk", [False, True], ids=["", "norm_topk"])
 @pytest.mark.parametrize("score_fn", ["softmax", "sigmoid"])
 def test_the_layer_equals_its_reference(score_fn, norm_topk, shared_hidden, biased):
-    """Output, statistics and the gradients of all parameters are the reference's, whatever the options."""
+    """Output, routing and the gradients of all parameters are the reference's, whatever the options."""
     layer = moe_layer(score_fn=score_fn, norm_topk=norm_topk, shared_hidden=shared_hidden)
     x, push = torch.randn(2, 9, 32), torch.randn(2, 9, 32)
     if biased:
         layer.bias += 0.3 * torch.randn(8)
-    got, stats = layer(x, NOWHERE, None)
+    got, routing = layer(x, NOWHERE, None)
     parameters = parameters_of(layer)
     rows = [ref_moe(row, parameters, layer.config, lambda scores: ref_topk(scores, 2)) for row in x]
     want, scores, mask = (torch.stack(part) for part in zip(*rows))
@@ -239,15 +257,8 @@ def test_the_layer_equals_its_reference(score_fn, norm_topk, shared_hidden, bias
         torch.autograd.grad((got * push).sum(), leaves), torch.autograd.grad((want * push).sum(), leaves)
     ):
         assert (mine - reference).norm() <= 1e-5 * reference.norm()
-    check_statistics(stats, x @ layer.gate.weight.T, scores, mask)
-
-
-def check_statistics(stats, logits: Tensor, scores: Tensor, mask: Tensor) -> None:
-    assert torch.equal(stats.load, mask.sum((0, 1))) and torch.equal(stats.experts, mask.sum(-1))
-    share = mask.sum((0, 1)) / mask.sum()
-    probability = (scores / scores.sum(-1, keepdim=True)).mean((0, 1))
-    assert close(stats.balance_loss, len(share) * (share * probability).sum(), 1e-5)
-    assert close(stats.z_loss, logits.exp().sum(-1).log().square().mean(), 1e-3)
+    assert torch.equal(routing.mask, mask) and close(routing.scores, scores)
+    assert close(routing.logits, x @ layer.gate.weight.T)
 
 
 def test_the_bias_selects_and_never_weighs():
@@ -258,7 +269,7 @@ def test_the_bias_selects_and_never_weighs():
     free = layer(x, NOWHERE, None)[1]
     layer.bias[5] = 10.0
     y, forced = layer(x, NOWHERE, None)
-    assert free.load[5] < forced.load[5] == 18
+    assert free.mask[..., 5].sum() < forced.mask[..., 5].sum() == 18
     scores = (x @ layer.gate.weight.T).softmax(-1).flatten(0, 1)
     pairs = ref_topk((scores + layer.bias).unsqueeze(0), 2).squeeze(0)
     want = ref_run_experts(x.flatten(0, 1), pairs, scores, layer.w_in, layer.w_out)
@@ -316,11 +327,15 @@ def test_the_statistics_are_those_of_the_layers():
     for block in model.blocks[1:]:
         block.mlp.register_forward_hook(lambda layer, args, result: seen.append(result[1]))
     stats = model(tokens(2, 10))[2]
-    assert stats.load.shape == (3, 8) and stats.experts.shape == (3, 2, 10)
-    assert torch.equal(stats.load, torch.stack([layer.load for layer in seen]))
-    assert torch.equal(stats.experts, torch.stack([layer.experts for layer in seen]))
-    assert close(stats.balance_loss, sum(layer.balance_loss for layer in seen) / 3, 1e-5)
-    assert close(stats.z_loss, sum(layer.z_loss for layer in seen) / 3, 1e-4)
+    assert len(seen) == 3
+    for layer, routing in enumerate(seen):
+        assert torch.equal(stats.load[layer], routing.mask.sum((0, 1)))
+        assert torch.equal(stats.experts[layer], routing.mask.sum(-1))
+    share = torch.stack([routing.mask.sum((0, 1)) / routing.mask.sum() for routing in seen])  # (L, E)
+    probability = torch.stack([routing.scores.mean((0, 1)) for routing in seen])
+    assert close(stats.balance_loss, 8 * (share * probability).sum(-1).mean(), 1e-5)
+    z_loss = torch.stack([routing.logits.exp().sum(-1).log().square().mean() for routing in seen]).mean()
+    assert close(stats.z_loss, z_loss, 1e-3)
     assert (stats.load.sum(-1) == 2 * 10 * 2).all() and (stats.experts != 2).any()
 
 
