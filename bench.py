@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -39,10 +40,10 @@ from tqdm import tqdm
 
 import data
 from config import bad_input_exits, parse
-from config.device import pick_compile, pick_device, pick_dtype
+from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
 from data.arithmetic.prepare import is_correct, prompt_of
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT, load_checkpoint, require
-from router import ROUTERS, ExpertCache, online_seqtopk
+from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
 
 HOME = Path(__file__).parent
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
@@ -151,11 +152,15 @@ class Bench:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1000
 
-    def interleave(self, calls: dict, seconds: float, before: Callable = lambda name: None) -> dict:
+    def interleave(
+        self, calls: dict, seconds: float, before: Callable | None = None, clock: Callable | None = None
+    ) -> dict:
         """Name -> seconds that the call took in each round A B A B ..., until the time is over.
 
-        Rounds come after a warm-up. before(name), not timed, prepares each call.
+        Rounds come after a warm-up. before(name), not timed, prepares each call; clock(call) makes it and
+        tells the seconds (None: self.seconds).
         """
+        clock = clock or self.seconds
         times = {name: [] for name in calls}
         warm_up = 3 if self.gpu else 1
         for done in range(-warm_up, MAX_ROUNDS):
@@ -164,8 +169,9 @@ class Bench:
             if done >= MIN_ROUNDS and time.perf_counter() > end:
                 break
             for name, call in calls.items():
-                before(name)
-                times[name].append(self.seconds(call))
+                if before:
+                    before(name)
+                times[name].append(clock(call))
         return {name: values[warm_up:] for name, values in times.items()}
 
     def peak_gb(self, call: Callable) -> float | None:
@@ -180,6 +186,14 @@ class Bench:
             return None
         call()
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+
+
+def make_bench(config: BenchConfig) -> Bench:
+    """Raises ValueError for a device that is not there, or whose clocks this script cannot read."""
+    device, _ = pick_device(config.device)
+    require(device.type in ("cpu", "cuda"), "device", device, "cpu or cuda")
+    dtype, _ = pick_dtype(config.dtype, device)
+    return Bench(config, device, dtype, pick_compile(config.compile, device, dtype)[0])
 
 
 def ratio(top: list[float], bottom: list[float]) -> list[float]:
@@ -306,7 +320,7 @@ def train_step(model: MoEGPT, forward: Callable, text: Tensor, dtype: torch.dtyp
         half = dtype != next(model.parameters()).dtype
         with torch.autocast(text.device.type, dtype) if half else nullcontext():
             _, loss, stats = forward(text[:, :-1], text[:, 1:], router=router)
-        update(loss + 0.01 * stats.balance_loss + 0.001 * stats.z_loss)
+        update(loss + stats.balance_loss + stats.z_loss)
 
     return step
 
@@ -406,7 +420,7 @@ def bench_cache(bench: Bench) -> list[dict]:
     """A step of one layer's Expert Cache, by the number of past tokens: mean of the steps between two merges.
 
     Each cache is as large as it must be. A step that looked at all of the past would cost 128 times as much
-    at 16,384 tokens as at 128. "ranking anew" is the plain way: keep all scores, rank them at every step.
+    at 16,384 tokens as at 128. "ranking anew" is the definition: SeqTopK on all scores so far, at every step.
     """
     size = bench.sized(n_expert=64, k=8, tokens=16384)
     lengths = [n for n in (128, 512, 1024, 4096, 16384) if n <= size.tokens] or [size.tokens]
@@ -426,7 +440,7 @@ def cache_rows(bench: Bench, batch_size: int, lengths: list[int], n_expert: int,
             used[past].select(scores[:, token : token + 1])
 
     calls = {past: partial(steps, past) for past in lengths}
-    calls["anew"] = partial(rank_anew, scores[:, : anew + 1], k)
+    calls["anew"] = partial(seqtopk, scores[:, : anew + 1], k)
     times = bench.interleave(calls, 5, lambda past: used.update({past: copy.deepcopy(full.get(past))}))
     times |= {past: [seconds / BLOCK for seconds in times[past]] for past in lengths}
     rows = []
@@ -439,44 +453,80 @@ def cache_rows(bench: Bench, batch_size: int, lengths: list[int], n_expert: int,
     return [*rows, row | {"aim": "at least 25"}]
 
 
-def rank_anew(scores: Tensor, k: int) -> Tensor:
-    """The last row of online SeqTopK (not strict), found from all scores (B, T, E) so far: (B, E)."""
-    values, experts = scores.topk(min(k + 2, scores.shape[-1]), dim=-1)
-    candidates = values[..., 1:].flatten(1)
-    threshold = candidates.topk(scores.shape[1] * (k - 1)).values[:, -1:]
-    taken = values[:, -1] >= threshold
-    taken[:, 0] = True
-    return torch.zeros_like(scores[:, -1], dtype=torch.bool).scatter_(-1, experts[:, -1], taken)
-
-
 def bench_peers(bench: Bench) -> list[dict]:
     """The same model under TopK in Hugging Face transformers, as OLMoE: training steps, greedy generation.
 
-    Same shape and tokens; fused AdamW and clipping for both; both wholly in one dtype. Theirs is spared the
+    Same shape and tokens, fused AdamW and clipping for both, both wholly in one dtype. They take turns, each
+    in a process of its own, so that each has the memory allocator as it sets it. Theirs is spared the
     load-balance and z-losses, which ours computes in every step: transformers leaves them out by default.
     """
     if not importlib.util.find_spec("transformers"):
         print("skipped: transformers is not installed (pip install transformers)")
         return []
+    size = bench.sized(batch_size=8, tokens=bench.shape("peers").block_size)
+    peers = {kind: Peer(bench.config, kind) for kind in ("ours", "eager", "grouped_mm")}
+    goals = (1.5, 8) if bench.gpu else (1.3, 4)
+    works = {"training": size.batch_size * size.tokens, "generation": size.tokens // 2}
+    rows = []
+    for (work, tokens), goal in zip(works.items(), goals):
+        calls = {kind: partial(peer.do, work) for kind, peer in peers.items()}
+        times = bench.interleave(calls, 20, clock=lambda call: call())
+        rows += peer_rows(f"{work}, {tokens} tokens", tokens, times, goal)
+    for peer in peers.values():
+        peer.do(None)
+    return rows
+
+
+class Peer:
+    """A process that trains or generates with one implementation, when it is told to."""
+
+    def __init__(self, config: BenchConfig, kind: str):
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, config, kind), daemon=True)
+        self.process.start()
+        other.close()
+
+    def do(self, work: str | None) -> float | None:
+        """Seconds that the work took, once; None ends the process. Raises EOFError if it has ended before."""
+        self.connection.send(work)
+        return self.connection.recv() if work else self.process.join()
+
+
+def serve(connection, config: BenchConfig, kind: str) -> None:
+    """What the process of a Peer does."""
+    bench = make_bench(config)
+    torch.manual_seed(config.seed)
     shape = bench.shape("peers")
-    ours = MoEGPT(shape).to(bench.device).cast(bench.dtype)
-    theirs = make_olmoe(shape).to(bench.device, bench.dtype)
-    counts = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
-    assert counts[0] == counts[1], f"the models differ: {counts} parameters"
     size = bench.sized(batch_size=8, tokens=shape.block_size)
     text = bench.text(shape.vocab_size, size.batch_size, size.tokens + 1)
-    step, update = train_step(ours, bench.compiled(ours), text, bench.dtype), updater(theirs)
-    peer = bench.compiled(theirs, fullgraph=False)
+    works = our_works(bench, shape, text) if kind == "ours" else their_works(bench, shape, text, kind)
+    for work in iter(connection.recv, None):
+        connection.send(bench.seconds(works[work]))
+
+
+def our_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callable]:
+    if not bench.gpu:
+        keep_freed_memory()
+    model = MoEGPT(shape).to(bench.device).cast(bench.dtype)
+    step, n = train_step(model, bench.compiled(model), text, bench.dtype), text.shape[1] // 2
+    return {
+        "training": partial(step, "topk"),
+        "generation": lambda: list(model.generate(text[:1, :n], n, temperature=0)),
+    }
+
+
+def their_works(bench: Bench, shape: MoEConfig, text: Tensor, experts: str) -> dict[str, Callable]:
+    model = make_olmoe(shape).to(bench.device, bench.dtype)
+    model.set_experts_implementation(experts)
+    forward, update = bench.compiled(model, fullgraph=False), updater(model)
+    prompt = text[:1, : text.shape[1] // 2].contiguous()
     batch = {"input_ids": text[:, :-1], "labels": text[:, :-1], "use_cache": False}
-    n, goal = size.batch_size * size.tokens, 1.5 if bench.gpu else 1.3
-    pair = partial(step, "topk"), lambda: update(peer(**batch).loss)
-    rows = peer_rows(bench, "training", n, theirs, pair, goal)
-    ours.eval(), theirs.eval()
-    n, goal = size.tokens // 2, 8 if bench.gpu else 4
-    prompt = text[:1, :n].contiguous()
-    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": n, "do_sample": False}
-    pair = lambda: list(ours.generate(prompt, n, temperature=0)), lambda: theirs.generate(prompt, **options)
-    return rows + peer_rows(bench, f"generation, {n} tokens after {n}", n, theirs, pair, goal)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": prompt.shape[1]}
+    return {
+        "training": lambda: update(forward(**batch).loss),
+        "generation": lambda: model.generate(prompt, do_sample=False, **options),
+    }
 
 
 def make_olmoe(shape: MoEConfig) -> torch.nn.Module:
@@ -491,16 +541,12 @@ def make_olmoe(shape: MoEConfig) -> torch.nn.Module:
     return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, **special))
 
 
-def peer_rows(bench: Bench, what: str, tokens: int, peer, pair: tuple, goal: float) -> list[dict]:
-    """pair: what takes turns, ours and theirs."""
-    kinds = ("eager", "grouped_mm")
-    calls = {"ours": pair[0], **dict.fromkeys(kinds, pair[1])}
-    times = bench.interleave(calls, 15, lambda kind: kind in kinds and peer.set_experts_implementation(kind))
+def peer_rows(what: str, tokens: int, times: dict, goal: float) -> list[dict]:
     rate = {kind: tokens / median(taken) for kind, taken in times.items()}
     rows = [
         {"what": f"{what}, against {kind}", "ours tokens/s": rate["ours"], "theirs": rate[kind]}
         | {"speed/theirs": ratio(times[kind], times["ours"])}
-        for kind in kinds
+        for kind in ("eager", "grouped_mm")
     ]
     rows[-1]["aim"] = f"at least {goal}"
     return rows
@@ -698,12 +744,9 @@ def main(argv: list[str]) -> None:
     if argv == ["table"]:
         return print(readme_table(HOME / "results"))
     names, config = read_command(argv)
-    device, _ = pick_device(config.device)
-    require(
-        device.type in ("cpu", "cuda"), "device", device, "cpu or cuda, whose clocks this script can read"
-    )
-    dtype, _ = pick_dtype(config.dtype, device)
-    bench = Bench(config, device, dtype, pick_compile(config.compile, device, dtype)[0])
+    bench = make_bench(config)
+    if not bench.gpu:
+        keep_freed_memory()
     report = describe(bench, argv)
     print(", ".join(f"{key} {report[key]}" for key in ("machine", "dtype", "compile", "versions", "load")))
     report |= {"parts": {}, "failed": []}

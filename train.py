@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 from config import bad_input_exits, parse
-from config.device import pick_compile, pick_device, pick_dtype
+from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
 from model import MoEConfig, MoEGPT, Stats, load_checkpoint, require, save_checkpoint
 from router import ROUTERS, loss_free_update
 
@@ -206,6 +206,8 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_dtype(config.dtype, device)
     compiled, compile_reason = pick_compile(config.compile, device, dtype)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     shape = {field.name: getattr(config, field.name) for field in fields(MoEConfig)}
     model = MoEGPT.from_checkpoint(checkpoint, **shape) if checkpoint else MoEGPT(MoEConfig(**shape))

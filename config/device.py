@@ -1,5 +1,8 @@
 """Where and in which number format to compute: the choices that `auto` stands for, each with its reason."""
 
+import ctypes
+import sys
+
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,3 +46,15 @@ def pick_compile(name: str, device: torch.device, dtype: torch.dtype) -> tuple[b
     if dtype != torch.bfloat16:
         return False, "grouped_mm compiles in bfloat16 only"
     return True, "bfloat16 on a GPU"
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep large freed blocks for the next tensors, where it is glibc.
+
+    It would give each back to the system, which fills in fresh memory page by page at the next use: about a
+    tenth to a fifth of a training step on a CPU (EXPERIMENTS.md).
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

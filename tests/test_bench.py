@@ -12,7 +12,6 @@ import data
 from bench import Bench, BenchConfig
 from config import bad_input_exits
 from model import MoEConfig, MoEGPT, save_checkpoint
-from router import online_seqtopk
 
 SIZES = {"n_embd": 16, "n_hidden": 8, "n_expert": 8, "k": 2, "n_head": 2, "n_layer": 2, "vocab_size": 64}
 TOY = [f"--{key}={value}" for key, value in SIZES.items()]
@@ -141,13 +140,6 @@ def test_decoding_is_measured_at_the_context_it_says():
         assert cache.kv[0].k[:, :, :300].abs().sum(-1).all()
     _, _, stats = model(torch.randint(64, (2, 20)), cache=caches["online_seqtopk"])
     assert 1.7 <= stats.experts.float().mean() <= 2.3
-
-
-def test_ranking_anew_is_the_same_rule():
-    """What the Expert Cache is measured against gives the last row of online SeqTopK, not strict."""
-    scores = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    expected = online_seqtopk(scores, 3, strict=False)[:, -1]
-    assert torch.equal(bench.rank_anew(scores, 3), expected)
 
 
 def test_a_part_out_of_memory_leaves_the_others(capsys, monkeypatch):
