@@ -19,13 +19,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.tokenizer import MAX_VOCAB, Tokenizer, gpt2_tokenizer, pieces, train_bpe
+from data.tokenizer import (
+    MAX_VOCAB,
+    AnyTokenizer,
+    Tokenizer,
+    gpt2_tokenizer,
+    hf_tokenizer,
+    make_tokenizer,
+    pieces,
+    train_bpe,
+)
 
 __all__ = [
+    "AnyTokenizer",
     "Dataset",
     "Tokenizer",
     "gpt2_tokenizer",
+    "hf_tokenizer",
     "load",
+    "make_tokenizer",
     "train_batch",
     "train_bpe",
     "val_batches",
@@ -59,7 +71,7 @@ def load(dataset: str) -> Dataset:
     if missing := _missing(folder):
         raise ValueError(f"{folder} has no {missing}; {_remedy(folder)}")
     meta = _read_meta(folder)
-    tokenizer = Tokenizer(meta["tokenizer"])
+    tokenizer = make_tokenizer(meta["tokenizer"])
     for name, size in meta["files"].items():
         if (found := (folder / name).stat().st_size) != size:
             raise ValueError(f"{folder / name} has {found} bytes and not {size}; {_remedy(folder)}")
