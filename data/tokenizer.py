@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -217,11 +218,11 @@ def _end_of_text(name_or_path: str, tokenizer_json: str) -> int:
 
 
 def _hf_file(name_or_path: str, name: str) -> Path | None:
-    """A file of a Hugging Face folder or model, None if it has none. ValueError: no such model, no network."""
+    """A file of a Hugging Face folder or model, None if it has none. ValueError: no network, or no model."""
     if (folder := Path(name_or_path)).is_dir():
         return folder / name if (folder / name).is_file() else None
     hub = _optional("huggingface_hub")
-    hub.utils.logging.set_verbosity_error()  # one line is enough, below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line is enough, below
     try:
         return Path(hub.hf_hub_download(name_or_path, name))
     except Exception as err:  # the library's errors are many, and long
