@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -222,7 +221,7 @@ def _hf_file(name_or_path: str, name: str) -> Path | None:
     if (folder := Path(name_or_path)).is_dir():
         return folder / name if (folder / name).is_file() else None
     hub = _optional("huggingface_hub")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line is enough, below
+    _optional("huggingface_hub.utils").logging.set_verbosity_error()  # one line is enough, below
     try:
         return Path(hub.hf_hub_download(name_or_path, name))
     except Exception as err:  # the library's errors are many, and long
