@@ -12,7 +12,10 @@ expert -> two grouped matrix products -> back to the tokens, times the scores. N
 host: a router with a known budget gives every tensor a shape that does not depend on the data.
 """
 
+import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from router import ROUTERS, ExpertCache, Router, check_bounds, load_balance_loss, z_loss
 
@@ -34,18 +38,22 @@ class MoEConfig:
     n_layer: int = 4  # transformer blocks
     n_head: int = 4  # attention heads
     n_kv_head: int | None = None  # key and value heads, for grouped-query attention (none: n_head)
+    head_width: int | None = None  # width D of one attention head (none: n_embd / n_head)
     n_embd: int = 128  # model width C
     n_expert: int = 16  # experts E per layer (1: a dense model)
     k: int = 2  # experts per token on average: the budget
     n_hidden: int = 128  # hidden width H of one expert
     shared_hidden: int = 0  # hidden width of a shared expert that every token gets (0: none)
-    n_dense_layer: int = 0  # the first layers that have one dense MLP of width k*H in place of experts
+    shared_gate: bool = False  # the shared expert's output is scaled by a sigmoid gate of its own
+    n_dense_layer: int = 0  # the first layers that have one dense MLP in place of experts
+    dense_hidden: int | None = None  # hidden width of a dense MLP (none: k * n_hidden)
     router: str = "seqtopk"  # topk, batchtopk, seqtopk, online_seqtopk, expert_choice: rows of router.ROUTERS
     min_experts: int = 1  # no token gets fewer experts, under routers that take this
     max_experts: int | None = None  # no token gets more (none: k + 2, at most n_expert)
     strict: bool = True  # online_seqtopk never spends more than k experts per token of the past
     score_fn: str = "softmax"  # scores from the gate's logits: softmax or sigmoid
     norm_topk: bool = False  # weights of a token's chosen experts sum to 1
+    qkv_bias: bool = False  # a bias is added to queries, keys and values
     qk_norm: str = "none"  # RMSNorm on queries and keys: none, head (each by itself) or full (all at once)
     tie_embeddings: bool = False  # the output head shares the token embedding's weights
     rope_theta: float = 10000.0  # base of the rotary position embedding
@@ -65,10 +73,11 @@ class MoEConfig:
             ("qk_norm", ("none", "head", "full")),
         ):
             require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
-        require(
-            self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}"
-        )
-        require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, for RoPE")
+        if self.head_width is None:
+            allowed = f"a multiple of n_head = {self.n_head}"
+            require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, allowed)
+        width = "n_embd / n_head" if self.head_width is None else "head_width"
+        require(self.head_dim >= 2 and self.head_dim % 2 == 0, width, self.head_dim, "even, for RoPE")
         require(self.kv_heads >= 1, "n_kv_head", self.kv_heads, "at least 1")
         require(
             self.n_head % self.kv_heads == 0,
@@ -76,17 +85,22 @@ class MoEConfig:
             self.kv_heads,
             f"a divisor of n_head = {self.n_head}",
         )
+        require(self.dense_width >= 1, "dense_hidden", self.dense_hidden, "at least 1")
         for name in ("n_embd", "n_hidden"):  # rows of 16 bytes in bfloat16, as grouped_mm asks
             require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
 
     @property
     def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.head_width is None else self.head_width
 
     @property
     def kv_heads(self) -> int:
         return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def dense_width(self) -> int:
+        return self.k * self.n_hidden if self.dense_hidden is None else self.dense_hidden
 
     def has_experts(self, layer: int) -> bool:
         return self.n_expert > 1 and layer >= self.n_dense_layer
@@ -221,8 +235,9 @@ class Attention(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.widths = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.qkv_bias)
+        self.out = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
         self.qk_norm = config.qk_norm
         if self.qk_norm != "none":
             q_heads, k_heads = (1, 1) if self.qk_norm == "head" else (self.n_head, self.n_kv_head)
@@ -230,9 +245,8 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(k_heads * self.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, context: Context, kv: KVCache | None) -> Tensor:
-        B, T, C = x.shape
-        widths = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
-        q, k, v = self.qkv(x).split(widths, dim=-1)
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).split(self.widths, dim=-1)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
@@ -248,7 +262,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.visible, is_causal=causal, enable_gqa=gqa
         )
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -310,6 +324,7 @@ class MoE(nn.Module):
         self.w_in = nn.Parameter(torch.empty(config.n_expert, config.n_embd, 2 * config.n_hidden))
         self.w_out = nn.Parameter(torch.empty(config.n_expert, config.n_hidden, config.n_embd))
         self.shared = MLP(config.n_embd, config.shared_hidden) if config.shared_hidden else None
+        self.shared_gate = nn.Linear(config.n_embd, 1, bias=False) if config.shared_gate else None
         self.register_buffer("bias", torch.zeros(config.n_expert))  # for selection: router.loss_free_update
 
     def forward(self, x: Tensor, context: Context, cache: ExpertCache | None) -> tuple[Tensor, Stats]:
@@ -329,7 +344,9 @@ class MoE(nn.Module):
         tokens, mask_s, weight_s = x.reshape(-1, C).to(dtype), mask.flatten(0, 1), weight.flatten(0, 1)
         y = run_experts(tokens, mask_s, weight_s, w_in, w_out, size).to(x.dtype).view(B, T, C)
         if self.shared is not None:
-            y = y + self.shared(x)
+            y = y + (
+                self.shared(x) if self.shared_gate is None else self.shared_gate(x).sigmoid() * self.shared(x)
+            )
         return y, Stats(load_balance_loss(scores, mask), z_loss(logits), mask.sum((0, 1)), mask.sum(-1))
 
     @torch.no_grad()
@@ -359,8 +376,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
-        dense_hidden = config.k * config.n_hidden
-        self.mlp = MoE(config) if config.has_experts(layer) else MLP(config.n_embd, dense_hidden)
+        self.mlp = MoE(config) if config.has_experts(layer) else MLP(config.n_embd, config.dense_width)
 
     def forward(
         self, x: Tensor, context: Context, kv: KVCache | None, experts: ExpertCache | None
@@ -397,12 +413,17 @@ class MoEGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self._tie()
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() > 1:
                 to_residual = name.endswith(("attention.out.weight", "w_out", "w_out.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** 0.5 if to_residual else 0.02)
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     def forward(
         self,
@@ -549,14 +570,14 @@ class MoEGPT(nn.Module):
         """Floating-point operations of one training step, per token of a sequence of `tokens`.
 
         Three times the forward's (arXiv 2204.02311, appendix B): 2 for each weight of a matrix product that
-        the token uses, and 4*C for each token that it could attend to, causality not discounted. MFU is
-        quoted in these.
+        the token uses, and 4*D per head for each token that it could attend to, causality not discounted.
+        MFU is quoted in these.
         """
         _, active = self.n_params()
         unmultiplied = sum(parameter.numel() for parameter in self.parameters() if parameter.dim() < 2)
         if not self.config.tie_embeddings:
             unmultiplied += self.embedding.weight.numel()
-        attention = 4 * self.config.n_layer * self.config.n_embd * tokens
+        attention = 4 * self.config.n_layer * self.config.n_head * self.config.head_dim * tokens
         return 3 * (2 * (active - unmultiplied) + attention)
 
     def cast(self, dtype: torch.dtype) -> "MoEGPT":
@@ -585,6 +606,51 @@ class MoEGPT(nn.Module):
             require(here == there, f"{name} in the checkpoint", there, f"{here} in this architecture")
         model.load_state_dict(checkpoint["model"])
         return model
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, device="cpu", **changes) -> "MoEGPT":
+        """The model of a Hugging Face folder, or of that name on the Hub, some fields of its config changed.
+
+        The weights keep the dtype that the token embedding has in the file, but for the gates, which are
+        float32. Memory beyond the weights: the largest tensor. Raises ValueError for an architecture that
+        model.py does not have, and for files that are missing, damaged or of another shape.
+        """
+        folder = hf_folder(name_or_path)
+        config, family = read_config(folder)
+        with torch.device("meta"):
+            model = cls(replace(config, **changes))
+        stored = stored_tensors(folder)
+        check_tensors(dict(file_views(model, family.names)), stored, folder)
+        model.cast(stored["model.embed_tokens.weight"].dtype).to_empty(device=device)
+        model._tie()
+        for layer in model.expert_layers():
+            layer.bias.zero_()
+        views = dict(file_views(model, family.names))
+        for name in tqdm(stored, desc="weights", unit="tensor", delay=2, leave=False, disable=None):
+            views[name].copy_(stored[name].read())
+        return model
+
+    def save_pretrained(
+        self, path: str | Path, tokenizer: dict | None = None, shard_bytes: int = 4 * 2**30
+    ) -> None:
+        """Write a new folder that transformers opens, whole or not at all: the same logits as under topk.
+
+        tokenizer: its meta; eos_token_id and tokenizer.json are taken from it. Raises ValueError when the
+        folder exists, and for an architecture that none of FAMILIES can express.
+        """
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        require(free, "path", path, "the name of a new folder")
+        biased = any(layer.bias.any() for layer in self.expert_layers())
+        require(not biased, "a bias for selection (bias_rate)", "not 0", "0: no other code knows it")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            write_pretrained(temporary, self, tokenizer, shard_bytes)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sample_token(
@@ -659,3 +725,315 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if unknown:
         raise ValueError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     return checkpoint
+
+
+# -------------------- Hugging Face checkpoints ------------------------------------------------------------
+
+
+class Family(NamedTuple):
+    """How one architecture of transformers says what MoEConfig and MoEGPT say."""
+
+    keys: dict[str, str]  # key of config.json -> field of MoEConfig
+    implied: dict[str, object]  # fields that config.json may leave out or has no key for
+    names: dict[str, str]  # parameter here (in a layer) -> the tensors of a file that lie in it, row by row
+    architecture: str  # the class of transformers
+
+
+KEYS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "block_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "hidden_size": "n_embd",
+    "num_experts_per_tok": "k",
+    "tie_word_embeddings": "tie_embeddings",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "norm_eps",
+}
+MOE_KEYS = KEYS | {"num_experts": "n_expert", "norm_topk_prob": "norm_topk"}
+QWEN_KEYS = MOE_KEYS | {
+    "moe_intermediate_size": "n_hidden",
+    "intermediate_size": "dense_hidden",
+    "n_dense_layer": "n_dense_layer",
+}
+IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False}
+# What a config.json may say of things that are not fields of MoEConfig.
+ALLOWED = {
+    "hidden_act": ("silu",),
+    "rope_type": ("default",),
+    "attention_bias": (None, False),
+    "clip_qkv": (None,),
+    "sliding_window": (None,),
+    "decoder_sparse_step": (None, 1),
+    "quantization_config": (None,),
+}
+NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.qkv.weight": "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
+    "attention.qkv.bias": "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias",
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "attention.out.weight": "self_attn.o_proj.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate.weight",
+    "mlp.w_in": "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
+    "mlp.w_out": "mlp.experts.{}.down_proj.weight",
+    "mlp.shared.w_in.weight": "mlp.shared_expert.gate_proj.weight mlp.shared_expert.up_proj.weight",
+    "mlp.shared.w_out.weight": "mlp.shared_expert.down_proj.weight",
+    "mlp.shared_gate.weight": "mlp.shared_expert_gate.weight",
+    "mlp.w_in.weight": "mlp.gate_proj.weight mlp.up_proj.weight",
+    "mlp.w_out.weight": "mlp.down_proj.weight",
+}
+MIXTRAL_NAMES = NAMES | {
+    "mlp.gate.weight": "block_sparse_moe.gate.weight",
+    "mlp.w_in": "block_sparse_moe.experts.{}.w1.weight block_sparse_moe.experts.{}.w3.weight",
+    "mlp.w_out": "block_sparse_moe.experts.{}.w2.weight",
+}
+FAMILIES = {
+    "olmoe": Family(
+        MOE_KEYS | {"intermediate_size": "n_hidden"},
+        IMPLIED | {"qk_norm": "full", "norm_eps": 1e-5},
+        NAMES,
+        "OlmoeForCausalLM",
+    ),
+    "qwen2_moe": Family(
+        QWEN_KEYS | {"shared_expert_intermediate_size": "shared_hidden", "qkv_bias": "qkv_bias"},
+        IMPLIED | {"shared_gate": True, "qkv_bias": True, "norm_eps": 1e-6},
+        NAMES,
+        "Qwen2MoeForCausalLM",
+    ),
+    "qwen3_moe": Family(
+        QWEN_KEYS | {"head_dim": "head_width"},
+        IMPLIED | {"qk_norm": "head", "head_width": None, "norm_eps": 1e-6},
+        NAMES,
+        "Qwen3MoeForCausalLM",
+    ),
+    "mixtral": Family(
+        KEYS | {"num_local_experts": "n_expert", "intermediate_size": "n_hidden", "head_dim": "head_width"},
+        IMPLIED | {"norm_topk": True, "head_width": None, "rope_theta": 1e6, "norm_eps": 1e-5},
+        MIXTRAL_NAMES,
+        "MixtralForCausalLM",
+    ),
+}
+ROUTING = ("router", "min_experts", "max_experts", "strict")  # no part of a file: chosen when it is opened
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def pretrained_config(name_or_path: str | Path) -> MoEConfig:
+    """The architecture of a Hugging Face checkpoint, under the router topk. Errors as in from_pretrained."""
+    return read_config(hf_folder(name_or_path))[0]
+
+
+def hf_folder(name_or_path: str | Path) -> Path:
+    """The folder of that name, or else a copy of what is needed of the model of that name on the Hub."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        import huggingface_hub
+    except ImportError:
+        remedy = "to fetch it from the Hugging Face Hub, pip install -r requirements-hf.txt"
+        raise ValueError(f"{name_or_path} is no folder here; {remedy}") from None
+    files = ["config.json", "*.safetensors", "*.index.json", "tokenizer.json"]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=files))
+    except Exception as error:  # the library's errors are many, and long
+        raise ValueError(
+            f"{name_or_path} is no folder here, and could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}): correct the name, or give the folder of a copy"
+        ) from error
+
+
+def read_config(folder: Path) -> tuple[MoEConfig, Family]:
+    """What the config.json of a folder says. Raises ValueError for what model.py cannot express."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
+    said = flatten(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    kind = said.get("model_type")
+    require(kind in FAMILIES, "model_type in config.json", kind, "one of " + ", ".join(FAMILIES))
+    for key, allowed in ALLOWED.items():
+        require(said.get(key) in allowed, f"{key} in config.json", said.get(key), str(allowed[0]))
+    family = FAMILIES[kind]
+    values = family.implied | {
+        family.keys[key]: said[key] for key in family.keys if said.get(key) is not None
+    }
+    for key, field in family.keys.items():
+        require(field in values, f"{key} in config.json", "missing", "given")
+    require(values["n_expert"] >= 2, "num_experts in config.json", values["n_expert"], "at least 2")
+    return MoEConfig(router="topk", **values), family
+
+
+def flatten(said: dict) -> dict:
+    """A config.json in the words of KEYS and ALLOWED, whichever release of transformers wrote it."""
+    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    experts = said.get("num_experts", said.get("num_local_experts"))
+    dense = said.get("mlp_only_layers") or []
+    first = sorted(dense) == list(range(len(dense)))
+    require(first, "mlp_only_layers in config.json", dense, "the first layers")
+    quantized = said.get("quantization_config")
+    return {
+        **said,
+        **rope,
+        "rope_type": rope.get("rope_type", rope.get("type", "default")),
+        "num_experts": experts,
+        "num_local_experts": experts,
+        "n_dense_layer": len(dense),
+        "sliding_window": said.get("sliding_window") if said.get("use_sliding_window", True) else None,
+        "quantization_config": quantized and quantized.get("quant_method", "given"),
+    }
+
+
+def file_views(model: MoEGPT, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file: its name there, and the view of the weights here that has its shape."""
+    for name, parameter in model.named_parameters():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        prefix = f"model.layers.{block[1]}." if block else ""
+        theirs = names[name.removeprefix(block[0]) if block else name].split()
+        weight = parameter.detach()
+        for expert, matrix in enumerate(weight.mT if weight.dim() == 3 else [weight]):
+            widths = model.blocks[0].attention.widths if len(theirs) == 3 else len(matrix) // len(theirs)
+            for their, rows in zip(theirs, matrix.split(widths), strict=True):
+                yield prefix + their.format(expert), rows
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies in a safetensors file."""
+
+    path: Path
+    start: int  # byte
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """Its values, read and not mapped: the pages of a mapped file take memory until it is closed."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            if file.readinto(tensor.view(torch.uint8).numpy()) < tensor.nbytes:
+                raise ValueError(f"{self.path} is cut short: fetch it again")
+        return tensor
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a checkpoint, file by file. Raises ValueError for a missing or damaged one."""
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    tensors = {}
+    for name in shards:
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing in {folder}: fetch it (only safetensors files can be read)")
+        tensors |= read_header(folder / name)
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, but for those without elements."""
+    tensors = {}
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(size, path.stat().st_size)))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                require(entry["dtype"] in DTYPES, f"the dtype of {name}", entry["dtype"], ", ".join(DTYPES))
+                start = 8 + size + entry["data_offsets"][0]
+                tensors[name] = Stored(path, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged, or no safetensors file: fetch it again") from error
+    return {name: tensor for name, tensor in tensors.items() if 0 not in tensor.shape}
+
+
+def check_tensors(views: dict[str, Tensor], stored: dict[str, Stored], folder: Path) -> None:
+    """Raise ValueError unless a checkpoint has exactly the tensors that the architecture asks for."""
+    for name in [*views, *stored]:
+        here = tuple(views[name].shape) if name in views else "nothing"
+        there = stored[name].shape if name in stored else "missing"
+        require(here == there, f"{name} in {folder}", there, f"{here} in the architecture of config.json")
+
+
+def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file, one tensor after the other."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": codes[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in tensors:
+            file.write(tensor.contiguous().cpu().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def family_of(config: MoEConfig) -> str:
+    """The first family that can express a config. Raises ValueError naming a field that none can."""
+
+    def unlike(name: str) -> dict:
+        said = {*FAMILIES[name].keys.values(), *ROUTING}
+        fixed = {field: value for field, value in asdict(MoEConfig()).items() if field not in said}
+        fixed |= {field: value for field, value in FAMILIES[name].implied.items() if field not in said}
+        return {field: value for field, value in fixed.items() if getattr(config, field) != value}
+
+    require(config.n_expert >= 2, "n_expert", config.n_expert, "at least 2 in a Hugging Face checkpoint")
+    name = min(FAMILIES, key=lambda name: len(unlike(name)))
+    for field, value in unlike(name).items():
+        require(
+            False, field, getattr(config, field), f"{value} to be saved as {name}, the most similar family"
+        )
+    return name
+
+
+def config_json(config: MoEConfig, kind: str, dtype: torch.dtype, eot: int | None) -> dict:
+    """The config.json of a config, in the words that all releases of transformers read."""
+    resolved = {
+        "n_kv_head": config.kv_heads,
+        "head_width": config.head_dim,
+        "dense_hidden": config.dense_width,
+    }
+    values = asdict(config) | resolved
+    said = {key: values[field] for key, field in FAMILIES[kind].keys.items()}
+    if "n_dense_layer" in said:
+        said["mlp_only_layers"] = list(range(said.pop("n_dense_layer")))
+    return {
+        "architectures": [FAMILIES[kind].architecture],
+        "model_type": kind,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "hidden_act": "silu",
+        "eos_token_id": eot,
+        **said,
+    }
+
+
+def write_pretrained(folder: Path, model: MoEGPT, tokenizer: dict | None, shard_bytes: int) -> None:
+    """Write the files of save_pretrained into an empty folder."""
+    kind = family_of(model.config)
+    tokenizer = tokenizer or {}
+    if tokenizer.get("kind") == "hf":
+        (folder / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
+    said = config_json(model.config, kind, model.head.weight.dtype, tokenizer.get("eot"))
+    (folder / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
+    shards, size = [[]], 0
+    for name, tensor in file_views(model, FAMILIES[kind].names):
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards, size = [*shards, []], 0
+        shards[-1].append((name, tensor))
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return write_tensors(folder / "model.safetensors", shards[0])
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, tensors in zip(files, shards, strict=True):
+        write_tensors(folder / file, tensors)
+    places = {name: file for file, tensors in zip(files, shards, strict=True) for name, _ in tensors}
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for shard in shards for _, t in shard)},
+        "weight_map": places,
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
