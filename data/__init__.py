@@ -26,6 +26,7 @@ from data.tokenizer import (
     Tokenizer,
     gpt2_tokenizer,
     hf_tokenizer,
+    is_hugging_face,
     make_tokenizer,
     pieces,
     train_bpe,
@@ -37,6 +38,7 @@ __all__ = [
     "Tokenizer",
     "gpt2_tokenizer",
     "hf_tokenizer",
+    "is_hugging_face",
     "load",
     "make_tokenizer",
     "train_batch",
@@ -66,6 +68,12 @@ class Dataset:
     folder: Path
     train_answers: Answers | None = None
     val_answers: Answers | None = None
+
+    def train_batch(self, step: int, batch_size: int, block_size: int, seed: int):
+        return train_batch(self.train, step, batch_size, block_size, seed, self.train_answers)
+
+    def val_batches(self, block_size: int, batch_size: int, n_windows: int):
+        return val_batches(self.val, block_size, batch_size, n_windows, self.val_answers)
 
 
 def load(dataset: str) -> Dataset:

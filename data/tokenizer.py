@@ -201,6 +201,13 @@ def hf_tokenizer(name_or_path: str) -> HFTokenizer:
     )
 
 
+def is_hugging_face(name_or_path: str) -> bool:
+    """Whether this is a Hugging Face folder, or is no path and may be the name of a model on the Hub."""
+    path = Path(name_or_path)
+    is_name = HUB_NAME.fullmatch(name_or_path) and not path.exists() and not path.parent.exists()
+    return bool(is_name) or (path / "config.json").is_file()
+
+
 def _end_of_text(name_or_path: str, tokenizer_json: str) -> int:
     """The id of eos_token in tokenizer_config.json, or else eos_token_id (the first) in config.json."""
     settings = {}
@@ -312,7 +319,7 @@ def choose_tokenizer(choice: str, texts: Sequence[str], vocab_size: int, name: s
     if choice == "gpt2":
         return gpt2_tokenizer()
     path = Path(choice)
-    if (path / "tokenizer.json").is_file() or (HUB_NAME.fullmatch(choice) and not path.exists()):
+    if is_hugging_face(choice) or (path / "tokenizer.json").is_file():
         return hf_tokenizer(choice)
     path = path / "meta.json" if path.is_dir() else path
     if not path.is_file():

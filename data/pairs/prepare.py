@@ -126,8 +126,10 @@ def write_pairs(
         docs[name] = [prompt + answer for prompt, answer in encoded]
         masks = ([0] * len(prompt) + [1] * (len(answer) + 1) for prompt, answer in encoded)  # end-of-text too
         learn[f"{name}_learn.bin"] = b"".join(map(bytes, masks))
-    sha256 = digest([("train", "".join(map(document, train))), ("val", "".join(map(document, val)))])
-    return write_dataset(folder, docs["train"], docs["val"], tokenizer, sha256, (files or {}) | learn)
+    texts = [(name, "".join(map(document, pairs))) for name, pairs in (("train", train), ("val", val))]
+    files = (files or {}) | learn
+    prompt = prompt_of(val[0].prompt)
+    return write_dataset(folder, docs["train"], docs["val"], tokenizer, digest(texts), files, prompt=prompt)
 
 
 def encode(tokenizer: AnyTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
