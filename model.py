@@ -19,7 +19,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -886,19 +885,12 @@ def plain_config(said: dict) -> dict:
     dense = said.get("mlp_only_layers") or []
     first = sorted(dense) == list(range(len(dense)))
     require(first, "mlp_only_layers in config.json", dense, "the first layers")
-    experts = said.get("num_experts", said.get("num_local_experts"))
-    plain = (
-        said
-        | (said.get("quantization_config") or {})
-        | rope
-        | {
-            "rope_type": rope.get("rope_type", rope.get("type", "default")),
-            "num_experts": experts,
-            "num_local_experts": experts,
-            "n_dense_layer": len(dense),
-            "sliding_window": said.get("sliding_window") if said.get("use_sliding_window", True) else None,
-        }
-    )
+    plain = said | (said.get("quantization_config") or {}) | rope
+    plain["rope_type"] = rope.get("rope_type", rope.get("type"))
+    plain["num_experts"] = plain["num_local_experts"] = said.get("num_experts", said.get("num_local_experts"))
+    plain["n_dense_layer"] = len(dense)
+    if not said.get("use_sliding_window", True):
+        plain["sliding_window"] = None
     return {key: value for key, value in plain.items() if value is not None}
 
 
@@ -922,16 +914,17 @@ def file_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
 
     Raises ValueError for a file that is missing or damaged.
     """
-    index, found = folder / "model.safetensors.index.json", {}
+    safetensors, found = optional("safetensors"), {}
+    index = folder / "model.safetensors.index.json"
     shards = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
     for path in sorted(folder / shard for shard in shards):
         if not path.is_file():
             remedy = "fetch it, or, if the folder has .bin files, save it anew with transformers"
             raise ValueError(f"{path.name} is missing in {folder}: {remedy}")
         try:
-            with optional("safetensors").safe_open(path, "pt") as file:
+            with safetensors.safe_open(path, "pt") as file:
                 found |= {name: (path, file.get_tensor(name).to("meta")) for name in file.offset_keys()}
-        except optional("safetensors").SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
     return {name: (path, like) for name, (path, like) in found.items() if like.numel()}
 
@@ -941,11 +934,12 @@ def copy_tensors(stored: dict[str, tuple[Path, Tensor]], views: dict[str, Tensor
 
     A file stays open for 16 tensors: until it is closed, the pages that were read count as memory.
     """
+    opened = None
     bar = tqdm(stored.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
-    for (path, _), items in groupby(enumerate(bar), lambda item: (item[1][1][0], item[0] // 16)):
-        with optional("safetensors").safe_open(path, "pt") as file:
-            for _, (name, _) in items:
-                views[name].copy_(file.get_tensor(name))
+    for number, (name, (path, _)) in enumerate(bar):
+        if number % 16 == 0 or path != opened:
+            file, opened = optional("safetensors").safe_open(path, "pt"), path
+        views[name].copy_(file.get_tensor(name))
 
 
 def family_of(config: MoEConfig) -> str:
@@ -954,7 +948,8 @@ def family_of(config: MoEConfig) -> str:
     unlike = {name: unlike_fields(config, family) for name, family in FAMILIES.items()}
     name = min(unlike, key=lambda name: len(unlike[name]))
     for field, value in unlike[name].items():
-        require(False, field, getattr(config, field), f"{value} to be saved as {name}, the nearest family")
+        here = getattr(config, field)
+        require(here == value, field, here, f"{value} to be saved as {name}, the nearest family")
     return name
 
 
