@@ -12,6 +12,7 @@ expert -> two grouped matrix products -> back to the tokens, times the scores. N
 host: a router with a known budget gives every tensor a shape that does not depend on the data.
 """
 
+import importlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -85,7 +87,8 @@ class MoEConfig:
             self.kv_heads,
             f"a divisor of n_head = {self.n_head}",
         )
-        require(self.dense_width >= 1, "dense_hidden", self.dense_hidden, "at least 1")
+        ok = self.dense_hidden is None or self.dense_hidden >= 1
+        require(ok, "dense_hidden", self.dense_hidden, "at least 1")
         for name in ("n_embd", "n_hidden"):  # rows of 16 bytes in bfloat16, as grouped_mm asks
             require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
@@ -599,55 +602,53 @@ class MoEGPT(nn.Module):
         require(
             tied == old.tie_embeddings, "tie_embeddings", tied, f"{old.tie_embeddings} as in the checkpoint"
         )
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["model"].items()}
-        for name in [*shapes, *saved]:
-            here, there = shapes.get(name, "missing"), saved.get(name, "missing")
-            require(here == there, f"{name} in the checkpoint", there, f"{here} in this architecture")
+        check_shapes(model.state_dict(), checkpoint["model"], "the checkpoint")
         model.load_state_dict(checkpoint["model"])
         return model
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, device="cpu", **changes) -> "MoEGPT":
+    def from_pretrained(
+        cls, name_or_path: str | Path, device: str | torch.device = "cpu", **changes
+    ) -> "MoEGPT":
         """The model of a Hugging Face folder, or of that name on the Hub, some fields of its config changed.
 
-        The weights keep the dtype that the token embedding has in the file, but for the gates, which are
-        float32. Memory beyond the weights: the largest tensor. Raises ValueError for an architecture that
-        model.py does not have, and for files that are missing, damaged or of another shape.
+        Its weights keep the dtype of the file's token embedding, but for the gates, which are float32; beyond
+        them, little memory is used. Raises ValueError for an architecture that model.py does not have, and
+        for files that are missing, damaged or do not fit.
         """
         folder = hf_folder(name_or_path)
         config, family = read_config(folder)
         with torch.device("meta"):
             model = cls(replace(config, **changes))
-        stored = stored_tensors(folder)
-        check_tensors(dict(file_views(model, family.names)), stored, folder)
-        model.cast(stored["model.embed_tokens.weight"].dtype).to_empty(device=device)
+        stored = file_tensors(folder)
+        check_shapes(file_views(model, family), {name: like for name, (_, like) in stored.items()}, folder)
+        model.cast(stored[family.names["embedding.weight"]][1].dtype).to_empty(device=device)
         model._tie()
         for layer in model.expert_layers():
             layer.bias.zero_()
-        views = dict(file_views(model, family.names))
-        for name in tqdm(stored, desc="weights", unit="tensor", delay=2, leave=False, disable=None):
-            views[name].copy_(stored[name].read())
+        copy_tensors(stored, file_views(model, family))
         return model
 
     def save_pretrained(
         self, path: str | Path, tokenizer: dict | None = None, shard_bytes: int = 4 * 2**30
     ) -> None:
-        """Write a new folder that transformers opens, whole or not at all: the same logits as under topk.
+        """Write a new folder that transformers opens, whole or not at all; its logits are those under topk.
 
-        tokenizer: its meta; eos_token_id and tokenizer.json are taken from it. Raises ValueError when the
-        folder exists, and for an architecture that none of FAMILIES can express.
+        tokenizer: its meta, for eos_token_id and, if it came from such a folder, tokenizer.json. Raises
+        ValueError if the folder exists, and for an architecture that none of FAMILIES has.
         """
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-        require(free, "path", path, "the name of a new folder")
+        path, tokenizer = Path(path), tokenizer or {}
+        temporary, kind = path.with_name(path.name + ".tmp"), family_of(self.config)
+        require(not path.exists(), "path", path, "the name of a new folder")
         biased = any(layer.bias.any() for layer in self.expert_layers())
-        require(not biased, "a bias for selection (bias_rate)", "not 0", "0: no other code knows it")
-        shutil.rmtree(temporary, ignore_errors=True)
+        require(not biased, "the bias for selection (bias_rate)", "in use", "0 to be saved for transformers")
+        said = config_json(self.config, kind, self.head.weight.dtype, tokenizer.get("eot"))
         try:
             temporary.mkdir(parents=True)
-            write_pretrained(temporary, self, tokenizer, shard_bytes)
+            (temporary / "config.json").write_text(json.dumps(said, indent=2))
+            if tokenizer.get("kind") == "hf":
+                (temporary / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
+            write_tensors(temporary, file_views(self, FAMILIES[kind]), shard_bytes)
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -684,6 +685,15 @@ def sample_token(
 
 
 # -------------------- checkpoints -------------------------------------------------------------------------
+
+
+def check_shapes(here: dict[str, Tensor], there: dict[str, Tensor], where: str | Path) -> None:
+    """Raise ValueError unless the tensors at `there` are those that a model has here, in names and shapes."""
+    for name in [*here, *there]:
+        asked = tuple(here[name].shape) if name in here else "absent"
+        found = tuple(there[name].shape) if name in there else "missing"
+        require(asked == found, f"{name} in {where}", found, f"{asked} in this architecture")
+
 
 FORMAT = "seqtopk checkpoint 1"
 
@@ -735,8 +745,7 @@ class Family(NamedTuple):
 
     keys: dict[str, str]  # key of config.json -> field of MoEConfig
     implied: dict[str, object]  # fields that config.json may leave out or has no key for
-    names: dict[str, str]  # parameter here (in a layer) -> the tensors of a file that lie in it, row by row
-    architecture: str  # the class of transformers
+    names: dict[str, str]  # parameter here -> the tensors of a file that lie in it, one below the other
 
 
 KEYS = {
@@ -758,15 +767,15 @@ QWEN_KEYS = MOE_KEYS | {
     "n_dense_layer": "n_dense_layer",
 }
 IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False}
-# What a config.json may say of things that are not fields of MoEConfig.
-ALLOWED = {
-    "hidden_act": ("silu",),
-    "rope_type": ("default",),
-    "attention_bias": (None, False),
-    "clip_qkv": (None,),
-    "sliding_window": (None,),
-    "decoder_sparse_step": (None, 1),
-    "quantization_config": (None,),
+# What a config.json must say, unless it says nothing, of what MoEConfig has no field for.
+USUAL = {
+    "hidden_act": "silu",
+    "rope_type": "default",
+    "attention_bias": False,
+    "clip_qkv": None,
+    "sliding_window": None,
+    "decoder_sparse_step": 1,
+    "quant_method": None,
 }
 NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -798,48 +807,47 @@ FAMILIES = {
         MOE_KEYS | {"intermediate_size": "n_hidden"},
         IMPLIED | {"qk_norm": "full", "norm_eps": 1e-5},
         NAMES,
-        "OlmoeForCausalLM",
     ),
     "qwen2_moe": Family(
         QWEN_KEYS | {"shared_expert_intermediate_size": "shared_hidden", "qkv_bias": "qkv_bias"},
         IMPLIED | {"shared_gate": True, "qkv_bias": True, "norm_eps": 1e-6},
         NAMES,
-        "Qwen2MoeForCausalLM",
     ),
     "qwen3_moe": Family(
         QWEN_KEYS | {"head_dim": "head_width"},
         IMPLIED | {"qk_norm": "head", "head_width": None, "norm_eps": 1e-6},
         NAMES,
-        "Qwen3MoeForCausalLM",
     ),
     "mixtral": Family(
         KEYS | {"num_local_experts": "n_expert", "intermediate_size": "n_hidden", "head_dim": "head_width"},
         IMPLIED | {"norm_topk": True, "head_width": None, "rope_theta": 1e6, "norm_eps": 1e-5},
         MIXTRAL_NAMES,
-        "MixtralForCausalLM",
     ),
 }
 ROUTING = ("router", "min_experts", "max_experts", "strict")  # no part of a file: chosen when it is opened
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def pretrained_config(name_or_path: str | Path) -> MoEConfig:
-    """The architecture of a Hugging Face checkpoint, under the router topk. Errors as in from_pretrained."""
+    """The architecture of a Hugging Face checkpoint, under topk. Errors as in MoEGPT.from_pretrained."""
     return read_config(hf_folder(name_or_path))[0]
 
 
+def optional(package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        remedy = "pip install -r requirements-hf.txt"
+        raise ValueError(f"a Hugging Face checkpoint needs {package}: {remedy}") from None
+
+
 def hf_folder(name_or_path: str | Path) -> Path:
-    """The folder of that name, or else a copy of what is needed of the model of that name on the Hub."""
+    """The folder of that name, or else one with what is needed of the model of that name on the Hub."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
+    hub = optional("huggingface_hub")
+    files = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
     try:
-        import huggingface_hub
-    except ImportError:
-        remedy = "to fetch it from the Hugging Face Hub, pip install -r requirements-hf.txt"
-        raise ValueError(f"{name_or_path} is no folder here; {remedy}") from None
-    files = ["config.json", "*.safetensors", "*.index.json", "tokenizer.json"]
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=files))
+        return Path(hub.snapshot_download(str(name_or_path), allow_patterns=files))
     except Exception as error:  # the library's errors are many, and long
         raise ValueError(
             f"{name_or_path} is no folder here, and could not be fetched from the Hugging Face Hub "
@@ -847,152 +855,113 @@ def hf_folder(name_or_path: str | Path) -> Path:
         ) from error
 
 
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: this is not a Hugging Face checkpoint") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+
+
 def read_config(folder: Path) -> tuple[MoEConfig, Family]:
     """What the config.json of a folder says. Raises ValueError for what model.py cannot express."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
-    said = flatten(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    said, where = plain_config(read_json(folder / "config.json")), "in config.json"
     kind = said.get("model_type")
-    require(kind in FAMILIES, "model_type in config.json", kind, "one of " + ", ".join(FAMILIES))
-    for key, allowed in ALLOWED.items():
-        require(said.get(key) in allowed, f"{key} in config.json", said.get(key), str(allowed[0]))
+    require(kind in FAMILIES, f"model_type {where}", kind, "one of " + ", ".join(FAMILIES))
+    for key, usual in USUAL.items():
+        require(said.get(key, usual) == usual, f"{key} {where}", said.get(key), f"{usual}")
     family = FAMILIES[kind]
-    values = family.implied | {
-        family.keys[key]: said[key] for key in family.keys if said.get(key) is not None
-    }
+    values = family.implied | {field: said[key] for key, field in family.keys.items() if key in said}
     for key, field in family.keys.items():
-        require(field in values, f"{key} in config.json", "missing", "given")
-    require(values["n_expert"] >= 2, "num_experts in config.json", values["n_expert"], "at least 2")
+        require(field in values, f"{key} {where}", "missing", "given")
+    require(values["n_expert"] >= 2, f"num_experts {where}", values["n_expert"], "at least 2")
     return MoEConfig(router="topk", **values), family
 
 
-def flatten(said: dict) -> dict:
-    """A config.json in the words of KEYS and ALLOWED, whichever release of transformers wrote it."""
+def plain_config(said: dict) -> dict:
+    """A config.json, without its nulls, in the words of KEYS and USUAL, whichever release wrote it."""
     rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
-    experts = said.get("num_experts", said.get("num_local_experts"))
     dense = said.get("mlp_only_layers") or []
     first = sorted(dense) == list(range(len(dense)))
     require(first, "mlp_only_layers in config.json", dense, "the first layers")
-    quantized = said.get("quantization_config")
-    return {
-        **said,
-        **rope,
-        "rope_type": rope.get("rope_type", rope.get("type", "default")),
-        "num_experts": experts,
-        "num_local_experts": experts,
-        "n_dense_layer": len(dense),
-        "sliding_window": said.get("sliding_window") if said.get("use_sliding_window", True) else None,
-        "quantization_config": quantized and quantized.get("quant_method", "given"),
-    }
+    plain = said | (said.get("quantization_config") or {}) | rope
+    plain["rope_type"] = rope.get("rope_type", rope.get("type"))
+    plain["num_experts"] = plain["num_local_experts"] = said.get("num_experts", said.get("num_local_experts"))
+    plain["n_dense_layer"] = len(dense)
+    if not said.get("use_sliding_window", True):
+        plain["sliding_window"] = None
+    return {key: value for key, value in plain.items() if value is not None}
 
 
-def file_views(model: MoEGPT, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a file: its name there, and the view of the weights here that has its shape."""
+def file_views(model: MoEGPT, family: Family) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's files: its name there, and the view of the weights here that it is."""
+    views = {}
     for name, parameter in model.named_parameters():
         block = re.match(r"blocks\.(\d+)\.", name)
         prefix = f"model.layers.{block[1]}." if block else ""
-        theirs = names[name.removeprefix(block[0]) if block else name].split()
+        theirs = family.names[name.removeprefix(block[0]) if block else name].split()
         weight = parameter.detach()
         for expert, matrix in enumerate(weight.mT if weight.dim() == 3 else [weight]):
-            widths = model.blocks[0].attention.widths if len(theirs) == 3 else len(matrix) // len(theirs)
-            for their, rows in zip(theirs, matrix.split(widths), strict=True):
-                yield prefix + their.format(expert), rows
+            heights = model.blocks[0].attention.widths if len(theirs) == 3 else len(matrix) // len(theirs)
+            for their, rows in zip(theirs, matrix.split(heights), strict=True):
+                views[prefix + their.format(expert)] = rows
+    return views
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies in a safetensors file."""
+def file_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
+    """Every tensor of a checkpoint that has elements: its file, and its shape and dtype on the meta device.
 
-    path: Path
-    start: int  # byte
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        """Its values, read and not mapped: the pages of a mapped file take memory until it is closed."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            if file.readinto(tensor.view(torch.uint8).numpy()) < tensor.nbytes:
-                raise ValueError(f"{self.path} is cut short: fetch it again")
-        return tensor
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a checkpoint, file by file. Raises ValueError for a missing or damaged one."""
+    Raises ValueError for a file that is missing or damaged.
+    """
+    safetensors, found = optional("safetensors"), {}
     index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    tensors = {}
-    for name in shards:
-        if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing in {folder}: fetch it (only safetensors files can be read)")
-        tensors |= read_header(folder / name)
-    return tensors
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, but for those without elements."""
-    tensors = {}
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+    shards = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
+    for path in sorted(folder / shard for shard in shards):
+        if not path.is_file():
+            remedy = "fetch it, or, if the folder has .bin files, save it anew with transformers"
+            raise ValueError(f"{path.name} is missing in {folder}: {remedy}")
         try:
-            header = json.loads(file.read(min(size, path.stat().st_size)))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                require(entry["dtype"] in DTYPES, f"the dtype of {name}", entry["dtype"], ", ".join(DTYPES))
-                start = 8 + size + entry["data_offsets"][0]
-                tensors[name] = Stored(path, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged, or no safetensors file: fetch it again") from error
-    return {name: tensor for name, tensor in tensors.items() if 0 not in tensor.shape}
+            with safetensors.safe_open(path, "pt") as file:
+                found |= {name: (path, file.get_tensor(name).to("meta")) for name in file.offset_keys()}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+    return {name: (path, like) for name, (path, like) in found.items() if like.numel()}
 
 
-def check_tensors(views: dict[str, Tensor], stored: dict[str, Stored], folder: Path) -> None:
-    """Raise ValueError unless a checkpoint has exactly the tensors that the architecture asks for."""
-    for name in [*views, *stored]:
-        here = tuple(views[name].shape) if name in views else "nothing"
-        there = stored[name].shape if name in stored else "missing"
-        require(here == there, f"{name} in {folder}", there, f"{here} in the architecture of config.json")
+def copy_tensors(stored: dict[str, tuple[Path, Tensor]], views: dict[str, Tensor]) -> None:
+    """Read the tensors of file_tensors into the views of file_views.
 
-
-def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> None:
-    """Write a safetensors file, one tensor after the other."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": codes[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in tensors:
-            file.write(tensor.contiguous().cpu().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
+    A file stays open for 16 tensors: until it is closed, the pages that were read count as memory.
+    """
+    opened = None
+    bar = tqdm(stored.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
+    for number, (name, (path, _)) in enumerate(bar):
+        if number % 16 == 0 or path != opened:
+            file, opened = optional("safetensors").safe_open(path, "pt"), path
+        views[name].copy_(file.get_tensor(name))
 
 
 def family_of(config: MoEConfig) -> str:
-    """The first family that can express a config. Raises ValueError naming a field that none can."""
-
-    def unlike(name: str) -> dict:
-        said = {*FAMILIES[name].keys.values(), *ROUTING}
-        fixed = {field: value for field, value in asdict(MoEConfig()).items() if field not in said}
-        fixed |= {field: value for field, value in FAMILIES[name].implied.items() if field not in said}
-        return {field: value for field, value in fixed.items() if getattr(config, field) != value}
-
-    require(config.n_expert >= 2, "n_expert", config.n_expert, "at least 2 in a Hugging Face checkpoint")
-    name = min(FAMILIES, key=lambda name: len(unlike(name)))
-    for field, value in unlike(name).items():
-        require(
-            False, field, getattr(config, field), f"{value} to be saved as {name}, the most similar family"
-        )
+    """The first of FAMILIES that can express a config. Raises ValueError naming a field that none can."""
+    require(config.n_expert >= 2, "n_expert", config.n_expert, "at least 2 to be saved for transformers")
+    unlike = {name: unlike_fields(config, family) for name, family in FAMILIES.items()}
+    name = min(unlike, key=lambda name: len(unlike[name]))
+    for field, value in unlike[name].items():
+        here = getattr(config, field)
+        require(here == value, field, here, f"{value} to be saved as {name}, the nearest family")
     return name
 
 
+def unlike_fields(config: MoEConfig, family: Family) -> dict[str, object]:
+    """The fields whose value a family has no key for, each with the value that it always has there."""
+    said = {*family.keys.values(), *ROUTING}
+    always = {field: v for field, v in (asdict(MoEConfig()) | family.implied).items() if field not in said}
+    return {field: value for field, value in always.items() if getattr(config, field) != value}
+
+
 def config_json(config: MoEConfig, kind: str, dtype: torch.dtype, eot: int | None) -> dict:
-    """The config.json of a config, in the words that all releases of transformers read."""
+    """What config.json says of a config, in words that old and new releases of transformers read."""
     resolved = {
         "n_kv_head": config.kv_heads,
         "head_width": config.head_dim,
@@ -1000,40 +969,32 @@ def config_json(config: MoEConfig, kind: str, dtype: torch.dtype, eot: int | Non
     }
     values = asdict(config) | resolved
     said = {key: values[field] for key, field in FAMILIES[kind].keys.items()}
-    if "n_dense_layer" in said:
-        said["mlp_only_layers"] = list(range(said.pop("n_dense_layer")))
-    return {
-        "architectures": [FAMILIES[kind].architecture],
+    return said | {
         "model_type": kind,
+        "architectures": ["".join(word.capitalize() for word in kind.split("_")) + "ForCausalLM"],
+        "mlp_only_layers": list(range(said.pop("n_dense_layer", 0))),
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "hidden_act": "silu",
+        "bos_token_id": None,
         "eos_token_id": eot,
-        **said,
+        "pad_token_id": None,
     }
 
 
-def write_pretrained(folder: Path, model: MoEGPT, tokenizer: dict | None, shard_bytes: int) -> None:
-    """Write the files of save_pretrained into an empty folder."""
-    kind = family_of(model.config)
-    tokenizer = tokenizer or {}
-    if tokenizer.get("kind") == "hf":
-        (folder / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
-    said = config_json(model.config, kind, model.head.weight.dtype, tokenizer.get("eot"))
-    (folder / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
+def write_tensors(folder: Path, views: dict[str, Tensor], shard_bytes: int) -> None:
+    """Write tensors into files of at most shard_bytes (or one tensor), with an index if there are several."""
     shards, size = [[]], 0
-    for name, tensor in file_views(model, FAMILIES[kind].names):
+    for name, tensor in views.items():
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards, size = [*shards, []], 0
-        shards[-1].append((name, tensor))
+        shards[-1].append(name)
         size += tensor.nbytes
-    if len(shards) == 1:
-        return write_tensors(folder / "model.safetensors", shards[0])
-    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, tensors in zip(files, shards, strict=True):
-        write_tensors(folder / file, tensors)
-    places = {name: file for file, tensors in zip(files, shards, strict=True) for name, _ in tensors}
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for shard in shards for _, t in shard)},
-        "weight_map": places,
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    places = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else "model.safetensors"
+        tensors = {name: views[name].cpu().clone(memory_format=torch.contiguous_format) for name in names}
+        optional("safetensors.torch").save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    if shards[1:]:
+        total = sum(tensor.nbytes for tensor in views.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
