@@ -1,5 +1,5 @@
-"""Fine-tuning: the optimiser that rounds at random, blocks computed again, gates alone, and, from prompt/answer
-pairs and a pretrained checkpoint to exact match, the whole way."""
+"""Fine-tuning: the optimiser that rounds at random, blocks computed again, gates alone; and the whole way
+from prompt/answer pairs and a pretrained checkpoint to exact match."""
 
 import importlib.util
 import json
@@ -13,8 +13,9 @@ import torch
 import bench
 import data
 import train
+from config import bad_input_exits
 from data.gsm8k import prepare as gsm8k
-from model import MoEConfig, MoEGPT, load_checkpoint
+from model import MoEGPT, load_checkpoint
 from train import RoundingAdamW, TrainConfig, round_at_random
 
 ROOT = Path(__file__).parents[1]
@@ -50,8 +51,6 @@ def flags(**settings):
 
 def fails(capsys, main, *argv):
     """The one line on stderr with which a script ends."""
-    from config import bad_input_exits
-
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop, bad_input_exits():
         main([*argv])
@@ -80,10 +79,11 @@ def test_rounding_is_unbiased():
 def groups(dtype, count=2):
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(40, 50, generator=generator).to(dtype).requires_grad_() for _ in range(count)]
-    return weights, [
-        {"params": weights[:1], "weight_decay": 0.1},
-        {"params": weights[1:], "weight_decay": 0.0},
-    ]
+    return weights, grouped(weights)
+
+
+def grouped(weights):
+    return [{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.0}]
 
 
 def descend(optimizer, weights, steps, start=0):
@@ -108,7 +108,7 @@ def test_in_float32_it_is_torchs_adamw(monkeypatch):
 
 
 def test_small_updates_add_up():
-    """In bfloat16, 200 updates of a sixth of half the spacing arrive on average; rounded to nearest, none would."""
+    """200 updates of a sixth of half the spacing arrive on average; rounded to nearest, none would."""
     weight = torch.full((5000,), 0.02).bfloat16().requires_grad_()
     before = weight.detach().clone()
     optimizer = RoundingAdamW([weight], lr=1e-5, betas=(0.9, 0.95), seed=1)
@@ -121,7 +121,7 @@ def test_small_updates_add_up():
 
 
 def test_its_state_resumes_to_the_last_bit():
-    """Stopped after 3 steps, saved, loaded and continued, bfloat16 weights and moments are those of 6 steps."""
+    """Stopped after 3 steps, saved, loaded and continued, bfloat16 weights are those of 6 steps."""
     options = {"lr": 0.01, "betas": (0.8, 0.9)}
     straight, straight_groups = groups(torch.bfloat16)
     descend(RoundingAdamW(straight_groups, **options, seed=1), straight, 6)
@@ -129,11 +129,7 @@ def test_its_state_resumes_to_the_last_bit():
     first = RoundingAdamW(stopped_groups, **options, seed=1)
     descend(first, stopped, 3)
     resumed = [weight.detach().clone().requires_grad_() for weight in stopped]
-    second = RoundingAdamW(
-        [{"params": resumed[:1], "weight_decay": 0.1}, {"params": resumed[1:], "weight_decay": 0.0}],
-        **options,
-        seed=2,
-    )
+    second = RoundingAdamW(grouped(resumed), **options, seed=2)
     second.load_state_dict(first.state_dict())
     descend(second, resumed, 3, start=3)
     for a, b in zip(straight, resumed):
@@ -299,6 +295,28 @@ def test_tuning_resumes_to_the_last_bit(tuned, tmp_path):
             assert torch.equal(value, resumed["optimizer"]["state"][key][name]), (key, name)
 
 
+@needs_hf
+def test_the_validation_loss_is_that_of_the_answers(olmoe, dataset):
+    """Nats per learned token and bits per byte of the answers, as summed over windows one by one."""
+    config = TrainConfig(**TRAIN | {"init_from": str(olmoe), "dataset": str(dataset), "eval_windows": 99})
+    _, checkpoint = train.read_config(flags(init_from=olmoe, dataset=dataset))
+    config, opened = train.open_dataset(
+        replace(config, **checkpoint["config"] | {"block_size": 64}), checkpoint
+    )
+    run = train.set_up(config, opened, checkpoint)
+    nats, learned = 0.0, []
+    for x, y in opened.val_batches(64, 1, 99):
+        logits = run.model(x, router="online_seqtopk")[0]
+        nats += torch.nn.functional.cross_entropy(logits[y >= 0], y[y >= 0], reduction="sum").item()
+        learned += y[y >= 0].tolist()
+    result, text = train.evaluate(run, "online_seqtopk"), opened.tokenizer.decode(learned)
+    answers = [p["answer"] for p in PROBLEMS if f" {p['answer']}" in text]
+    assert text == "".join(f" {answer}<|endoftext|>" for answer in answers)
+    assert result["loss"] == pytest.approx(nats / len(learned), rel=1e-5)
+    n_bytes = sum(len(answer) + 1 for answer in answers)
+    assert result["bpb"] == pytest.approx(nats / n_bytes / 0.693147, rel=1e-5)
+
+
 def measure(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         bench.main([*argv, "--device=cpu"])
@@ -331,7 +349,7 @@ def test_exact_match(tuned, dataset, capsys, shots, monkeypatch):
 
 @needs_hf
 def test_the_prompt_is_that_of_training(dataset):
-    """What bench.py gives a model is what comes before the first learned token; examples are whole problems."""
+    """What bench.py gives a model comes before the first learned token; examples are whole problems."""
     opened = data.load(str(dataset))
     x, y = opened.train_batch(0, 1, 64, 1)
     first = int((y[0] >= 0).nonzero()[0])
@@ -346,7 +364,7 @@ def test_the_prompt_is_that_of_training(dataset):
 @needs_hf
 @pytest.mark.parametrize("which", ["run", "folder"])
 def test_switch(tuned, olmoe, capsys, tmp_path, which):
-    """A row for each K up to E and each router; K of the checkpoint under topk gives the loss of the model."""
+    """A row for each K up to E and each router; under topk, the checkpoint's K gives the model's loss."""
     (tmp_path / "text.txt").write_text("".join(p["question"] for p in PROBLEMS[:8]))
     argv = flags(init_from=tuned[1] if which == "run" else olmoe, text=tmp_path / "text.txt", tokens=32)
     rows = measure(capsys, "switch", *argv, "--dtype=float32")["switch"]
