@@ -103,10 +103,10 @@ def test_prints_what_the_model_generated(say, run, tokenizer):
 
 def test_ends_with_a_summary(say, run):
     """The last line has speed, experts per token and the sizes of both caches; the first names the run."""
-    lines = say(f"--prompt={PROMPT}").splitlines()
+    lines = say(f"--prompt={PROMPT}", "--max_new_tokens=31").splitlines()
     assert str(run / "best.pt") in lines[0]
     assert "router online_seqtopk (trained with seqtopk), float32 on cpu" in lines[0]
-    numbers = r"12 new tokens, [\d.]+ tokens/s, [12]\.\d\d experts per token; "
+    numbers = r"31 new tokens, [\d.]+ tokens/s, [12]\.\d\d experts per token; "
     sizes = r"KV cache 8 KiB, Expert Cache [\d.]+ (KiB|B) \(room for 32 tokens\)"
     assert re.fullmatch(numbers + sizes, lines[-1])
 
@@ -191,6 +191,11 @@ def test_characters_of_several_tokens_come_out_whole(capfd, tokenizer):
     assert capfd.readouterr().out == tokenizer.decode(ids) + "\n"
 
 
+def test_caches_have_the_room_that_a_text_needs(say, tokenizer):
+    """A text shorter than block_size gets caches for its prompt and its new tokens only."""
+    assert f"(room for {len(tokenizer.encode('def f')) + 12} tokens)" in say("--prompt=def f")
+
+
 @pytest.mark.parametrize("prompt", ["def", "def f(x): return x\n" * 20])
 def test_text_past_block_size(say, prompt):
     """A text or a prompt longer than block_size goes on, and the rule for it is told once."""
@@ -226,7 +231,7 @@ def test_a_dense_run(say, fails, tmp_path, tokenizer):
 
 def test_bfloat16(say):
     """Weights and KV cache can be bfloat16, which halves the cache."""
-    out = say("--prompt=def", "--dtype=bfloat16")
+    out = say("--prompt=def", "--dtype=bfloat16", "--max_new_tokens=31")
     assert "bfloat16 on cpu" in out and "KV cache 4 KiB" in out
 
 
