@@ -82,8 +82,8 @@ class BenchConfig:
     n_expert: int | None = None  # experts per layer
     k: int | None = None  # experts per token on average
     effort: float = 1.0  # 2 measures twice as long, 0 for five rounds
-    out_dir: str = "out/arithmetic_seqtopk"  # arithmetic: folder of the run
-    init_from: str | None = None  # arithmetic, gsm8k, switch: a run or a Hugging Face model; none: out_dir
+    init_from: str | None = None  # arithmetic, gsm8k, switch: a run, a checkpoint, or a Hugging Face model
+    out_dir: str | None = None  # the same, for a run (none of both: the run of config/NAME.py for that task)
     router: str | None = None  # arithmetic, gsm8k: any causal one; none: the stand-in for the run's own
     problems: int | None = None  # so many (none: arithmetic 300 of each level, gsm8k all)
     shots: int = 0  # gsm8k: solved examples in the prompt, for models that were not fine-tuned
@@ -525,7 +525,7 @@ def bench_arithmetic(bench: Bench) -> list[dict]:
     Greedy, from KV cache and Expert Cache, many problems at once; exact match with its 95% interval.
     """
     config = bench.config
-    model, tokenizer, folder = open_model(bench)
+    model, tokenizer, folder = open_model(bench, "out/arithmetic_seqtopk")
     lines = (data.load("arithmetic").folder / "test.jsonl").read_text().splitlines()
     levels: dict[int, list[dict]] = {}
     for problem in map(json.loads, lines):
@@ -583,12 +583,12 @@ def continuations(tokenizer: AnyTokenizer, chunks: list[Chunk]) -> list[str]:
     return [tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens, real)]
 
 
-def open_model(bench: Bench) -> tuple[MoEGPT, AnyTokenizer, Path]:
-    """The model of init_from, or else of out_dir, its tokenizer, and the folder of the run.
+def open_model(bench: Bench, run: str) -> tuple[MoEGPT, AnyTokenizer, Path]:
+    """The model of init_from, of out_dir or else of `run`, its tokenizer, and the folder of the run.
 
     A Hugging Face model has no such folder, and gets out/MODEL.
     """
-    name = bench.config.init_from or bench.config.out_dir
+    name = bench.config.init_from or bench.config.out_dir or run
     if name == bench.config.init_from and data.is_hugging_face(name):
         tokenizer, model = data.hf_tokenizer(name), MoEGPT.from_pretrained(name)
         folder = Path("out") / Path(name).resolve().name
@@ -610,7 +610,7 @@ def bench_gsm8k(bench: Bench) -> list[dict]:
     Answers are kept in gsm8k-*.jsonl in the folder of the run; a second start does those that are missing.
     """
     config = bench.config
-    model, tokenizer, folder = open_model(bench)
+    model, tokenizer, folder = open_model(bench, "out/finetune_olmoe_gsm8k")
     dataset = data.load(config.dataset)
     problems = read_test(dataset.folder / "test.jsonl")[: config.problems]
     before = examples(dataset, config.shots)
@@ -690,7 +690,7 @@ def bench_switch(bench: Bench) -> list[dict]:
     """
     config = bench.config
     require(config.text is not None, "text", config.text, "the path of a text: --text=FILE")
-    model, tokenizer, folder = open_model(bench)
+    model, tokenizer, folder = open_model(bench, "out/small_topk")
     tokens = np.array(tokenizer.encode(read_text(Path(config.text))))
     size = bench.sized(batch_size=8, tokens=max(1, min(model.config.block_size, 1024, len(tokens) - 1)))
     batches = data.val_batches(tokens, size.tokens, size.batch_size, SWITCH_WINDOWS)

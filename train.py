@@ -379,7 +379,7 @@ def train_step(run: Run) -> Tensor:
     mean_loss, load = 0.0, 0
     for micro_step in range(run.step * n, (run.step + 1) * n):
         total, loss, stats = losses(run, *batch(run, micro_step))
-        run.scaler.scale(total / n).backward()
+        run.scaler.scale(total / n).backward()  # all count alike, however many answers they hold
         mean_loss, load = mean_loss + loss / n, load + stats.load
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)

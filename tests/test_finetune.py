@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import data
 import train
 from config import bad_input_exits
 from data.gsm8k import prepare as gsm8k
-from model import MoEGPT, load_checkpoint
+from model import Chunk, MoEGPT, load_checkpoint
 from train import RoundingAdamW, TrainConfig, round_at_random
 
 ROOT = Path(__file__).parents[1]
@@ -345,6 +346,43 @@ def test_exact_match(tuned, dataset, capsys, shots, monkeypatch):
     assert measure(capsys, *argv)["gsm8k"] == [row]
     measure(capsys, *argv, "--router=topk")
     assert len(list(folder.glob(f"gsm8k-*-{shots}shot-*.jsonl"))) == 2
+
+
+def test_right_answers_are_counted(problems, tmp_path, capsys, monkeypatch):
+    """Exact match compares the first number after #### with the official one, commas or not."""
+    gsm8k.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "data"))
+    run = tmp_path / "run"
+    train.main(flags(**TRAIN | {"max_iters": 1}, dataset=tmp_path / "data", out_dir=run))
+    right = {bench.prompt_of(p["question"]): p["answer"] for p in PROBLEMS}
+    tested = bench.read_test(tmp_path / "data" / "test.jsonl")
+    wrong = bench.prompt_of(tested[0].prompt)
+
+    def answer(model, tokenizer, prompts, room, router):
+        return [(" #### 1,0" if prompt == wrong else f" {right[prompt]}\n#### 7", 2.0) for prompt in prompts]
+
+    monkeypatch.setattr(bench, "answer", answer)
+    [row] = measure(capsys, "gsm8k", *flags(out_dir=run, dataset=tmp_path / "data"))["gsm8k"]
+    assert row["problems"] == len(tested) > 1 and row["experts per token"] == 2
+    assert row["exact match"][0] == pytest.approx(1 - 1 / len(tested), rel=1e-4)
+
+
+def test_generation_ends_after_the_final_answers():
+    """Nothing is generated for long once all rows have ended or written the line of their final answer."""
+    tokenizer = data.train_bpe(["ab"], 257, "x")
+    texts = ["a #### 12\nQuestion: b", "#### 1"]
+
+    def generate(idx, room, cache, temperature, stop, active):
+        yield Chunk(idx, torch.ones(*idx.shape, 1), active)
+        for place in range(room):
+            ids = [[tokenizer.encode(text.ljust(200))[place]] for text in texts]
+            alive = torch.tensor([[True], [place < len(texts[1])]])
+            yield Chunk(torch.tensor(ids), torch.full((2, 1, 1), 3), alive)
+
+    head = SimpleNamespace(weight=torch.zeros(1))
+    model = SimpleNamespace(head=head, new_cache=lambda *size: None, generate=generate)
+    (first, mean), (second, _) = bench.answer(model, tokenizer, ["ab", "a"], 150, None)
+    assert first.startswith("a #### 12\nQ") and len(first) <= 2 * bench.CHECK_EVERY and second == "#### 1"
+    assert mean == pytest.approx((2 + 3 * len(first)) / (2 + len(first)))
 
 
 @needs_hf
