@@ -2,6 +2,8 @@
 
     python bench.py                                      every part that needs no trained model, in minutes
     python bench.py decode --shape=heavy --batch_size=1  one part; --help lists the parts and the keys
+    python bench.py gsm8k --init_from=allenai/OLMoE-1B-7B-0924 --shots=8
+    python bench.py switch --init_from=allenai/OLMoE-1B-7B-0924 --text=FILE
     python bench.py --json=results/laptop.json --plot=plots/laptop.png
     python bench.py table                                the table of README.md, from results/*.json
 
