@@ -525,12 +525,13 @@ class MoEGPT(nn.Module):
         the real tokens of prompts padded on the left to one length. temperature 0 takes the likeliest token;
         top_k and top_p as in sample_token, which says what ValueErrors it raises.
 
-        The cache (None: a new one of block_size tokens) is the window that the model sees. When it is full,
+        The cache (None: a new one of what is needed, up to block_size) is the window that the model sees. When it is full,
         it is emptied and the newest half of the text is fed again, so that their routing begins anew; a
         prompt that does not fit is cut to its newest max_tokens // 2 tokens.
         """
         require(idx.shape[1] >= 1, "tokens in the prompt", idx.shape[1], "at least 1")
-        cache = cache or self.new_cache(len(idx))
+        needed = max(2, idx.shape[1] + max_new_tokens)
+        cache = cache or self.new_cache(len(idx), min(needed, self.config.block_size))
         text, real = idx, torch.ones_like(idx, dtype=torch.bool) if active is None else active
         half = cache.max_tokens // 2
         if idx.shape[1] > cache.max_tokens:
@@ -620,17 +621,17 @@ class MoEGPT(nn.Module):
         config, family = read_config(folder)
         with torch.device("meta"):
             model = cls(replace(config, **changes))
-        stored = file_tensors(folder)
-        check_shapes(file_views(model, family), {name: like for name, (_, like) in stored.items()}, folder)
-        model.cast(stored[family.names["embedding.weight"]][1].dtype).to_empty(device=device)
+        paths, outlines = file_tensors(folder)
+        check_shapes(file_views(model, family), outlines, folder)
+        model.cast(outlines[family.names["embedding.weight"]].dtype).to_empty(device=device)
         model._tie()
         for layer in model.expert_layers():
             layer.bias.zero_()
-        copy_tensors(stored, file_views(model, family))
+        copy_tensors(paths, file_views(model, family))
         return model
 
     def save_pretrained(
-        self, path: str | Path, tokenizer: dict | None = None, shard_bytes: int = 4 * 2**30
+        self, path: str | Path, tokenizer: dict | None = None, shard_bytes: int = 2 * 2**30
     ) -> None:
         """Write a new folder that transformers opens, whole or not at all; its logits are those under topk.
 
@@ -824,6 +825,7 @@ FAMILIES = {
         MIXTRAL_NAMES,
     ),
 }
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a file may have
 ROUTING = ("router", "min_experts", "max_experts", "strict")  # no part of a file: chosen when it is opened
 
 
@@ -851,7 +853,7 @@ def hf_folder(name_or_path: str | Path) -> Path:
     except Exception as error:  # the library's errors are many, and long
         raise ValueError(
             f"{name_or_path} is no folder here, and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}): correct the name, or give the folder of a copy"
+            f"({type(error).__name__}): check the name and the network, or give the folder of a copy"
         ) from error
 
 
@@ -909,12 +911,12 @@ def file_views(model: MoEGPT, family: Family) -> dict[str, Tensor]:
     return views
 
 
-def file_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
-    """Every tensor of a checkpoint that has elements: its file, and its shape and dtype on the meta device.
+def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
+    """Every tensor of a checkpoint that has elements: the file that it is in, and itself on the meta device.
 
-    Raises ValueError for a file that is missing or damaged.
+    Raises ValueError for a file that is missing or damaged, and for a dtype that is not one of DTYPES.
     """
-    safetensors, found = optional("safetensors"), {}
+    safetensors, paths, outlines = optional("safetensors"), {}, {}
     index = folder / "model.safetensors.index.json"
     shards = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
     for path in sorted(folder / shard for shard in shards):
@@ -923,20 +925,28 @@ def file_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
             raise ValueError(f"{path.name} is missing in {folder}: {remedy}")
         try:
             with safetensors.safe_open(path, "pt") as file:
-                found |= {name: (path, file.get_tensor(name).to("meta")) for name in file.offset_keys()}
+                outlines |= (found := {name: outline(file, name) for name in file.offset_keys()})
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
-    return {name: (path, like) for name, (path, like) in found.items() if like.numel()}
+        paths |= {name: path for name, tensor in found.items() if tensor.numel()}
+    return paths, {name: outlines[name] for name in paths}
 
 
-def copy_tensors(stored: dict[str, tuple[Path, Tensor]], views: dict[str, Tensor]) -> None:
+def outline(file, name: str) -> Tensor:
+    stored = file.get_slice(name)
+    dtype = stored.get_dtype()
+    require(dtype in DTYPES, f"the dtype of {name}", dtype, "one of " + ", ".join(DTYPES))
+    return torch.empty(stored.get_shape(), dtype=DTYPES[dtype], device="meta")
+
+
+def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
     """Read the tensors of file_tensors into the views of file_views.
 
     A file stays open for 16 tensors: until it is closed, the pages that were read count as memory.
     """
     opened = None
-    bar = tqdm(stored.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
-    for number, (name, (path, _)) in enumerate(bar):
+    bar = tqdm(paths.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
+    for number, (name, path) in enumerate(bar):
         if number % 16 == 0 or path != opened:
             file, opened = optional("safetensors").safe_open(path, "pt"), path
         views[name].copy_(file.get_tensor(name))
@@ -981,20 +991,20 @@ def config_json(config: MoEConfig, kind: str, dtype: torch.dtype, eot: int | Non
 
 
 def write_tensors(folder: Path, views: dict[str, Tensor], shard_bytes: int) -> None:
-    """Write tensors into files of at most shard_bytes (or one tensor), with an index if there are several."""
-    shards, size = [[]], 0
+    """Write tensors into files of about shard_bytes each, and an index if they are several."""
+    save_file, contiguous = optional("safetensors.torch").save_file, torch.contiguous_format
+    shards, total = {}, 0
     for name, tensor in views.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards, size = [*shards, []], 0
-        shards[-1].append(name)
-        size += tensor.nbytes
+        shards.setdefault(total // shard_bytes, []).append(name)
+        total += tensor.nbytes
     places = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else "model.safetensors"
-        tensors = {name: views[name].cpu().clone(memory_format=torch.contiguous_format) for name in names}
-        optional("safetensors.torch").save_file(tensors, folder / file, metadata={"format": "pt"})
+    for number, names in enumerate(shards.values(), start=1):
+        file = (
+            f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        )
+        copies = (views[name].cpu().clone(memory_format=contiguous) for name in names)
+        save_file(dict(zip(names, copies, strict=True)), folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
-    if shards[1:]:
-        total = sum(tensor.nbytes for tensor in views.values())
+    if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
