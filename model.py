@@ -1,6 +1,6 @@
 """A decoder-only Mixture-of-Experts language model of the OLMoE shape.
 
-Pre-norm RMSNorm, RoPE, SwiGLU experts, untied head.
+Pre-norm RMSNorm, RoPE, SwiGLU experts, untied head. Pretrained OLMoE, Qwen and Mixtral models open as well.
 
     B  sequences in the batch     C  model width (n_embd)              E  experts (n_expert)
     T  tokens in a sequence       H  hidden width of one expert        k  experts per token on average
@@ -75,20 +75,19 @@ class MoEConfig:
             ("qk_norm", ("none", "head", "full")),
         ):
             require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
-        if self.head_width is None:
-            allowed = f"a multiple of n_head = {self.n_head}"
-            require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, allowed)
-        width = "n_embd / n_head" if self.head_width is None else "head_width"
-        require(self.head_dim >= 2 and self.head_dim % 2 == 0, width, self.head_dim, "even, for RoPE")
-        require(self.kv_heads >= 1, "n_kv_head", self.kv_heads, "at least 1")
+        for name in ("n_kv_head", "head_width", "dense_hidden"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1, or none")
+        whole = self.head_width or self.n_embd % self.n_head == 0
+        require(whole, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        width = "head_width" if self.head_width else "n_embd / n_head"
+        require(self.head_dim % 2 == 0, width, self.head_dim, "even, for RoPE")
         require(
             self.n_head % self.kv_heads == 0,
             "n_kv_head",
             self.kv_heads,
             f"a divisor of n_head = {self.n_head}",
         )
-        ok = self.dense_hidden is None or self.dense_hidden >= 1
-        require(ok, "dense_hidden", self.dense_hidden, "at least 1")
         for name in ("n_embd", "n_hidden"):  # rows of 16 bytes in bfloat16, as grouped_mm asks
             require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
@@ -347,9 +346,10 @@ class MoE(nn.Module):
         tokens, mask_s, weight_s = x.reshape(-1, C).to(dtype), mask.flatten(0, 1), weight.flatten(0, 1)
         y = run_experts(tokens, mask_s, weight_s, w_in, w_out, size).to(x.dtype).view(B, T, C)
         if self.shared is not None:
-            y = y + (
-                self.shared(x) if self.shared_gate is None else self.shared_gate(x).sigmoid() * self.shared(x)
-            )
+            shared = self.shared(x)
+            if self.shared_gate is not None:
+                shared = shared * self.shared_gate(x).sigmoid()
+            y = y + shared
         return y, Stats(load_balance_loss(scores, mask), z_loss(logits), mask.sum((0, 1)), mask.sum(-1))
 
     @torch.no_grad()
@@ -525,9 +525,9 @@ class MoEGPT(nn.Module):
         the real tokens of prompts padded on the left to one length. temperature 0 takes the likeliest token;
         top_k and top_p as in sample_token, which says what ValueErrors it raises.
 
-        The cache (None: a new one of what is needed, up to block_size) is the window that the model sees. When it is full,
-        it is emptied and the newest half of the text is fed again, so that their routing begins anew; a
-        prompt that does not fit is cut to its newest max_tokens // 2 tokens.
+        The cache (None: a new one of what is needed, up to block_size) is the window that the model sees.
+        When it is full, it is emptied and the newest half of the text is fed again, so that their routing
+        begins anew; a prompt that does not fit is cut to its newest max_tokens // 2 tokens.
         """
         require(idx.shape[1] >= 1, "tokens in the prompt", idx.shape[1], "at least 1")
         needed = max(2, idx.shape[1] + max_new_tokens)
@@ -644,8 +644,8 @@ class MoEGPT(nn.Module):
         biased = any(layer.bias.any() for layer in self.expert_layers())
         require(not biased, "the bias for selection (bias_rate)", "in use", "0 to be saved for transformers")
         said = config_json(self.config, kind, self.head.weight.dtype, tokenizer.get("eot"))
+        temporary.mkdir(parents=True)
         try:
-            temporary.mkdir(parents=True)
             (temporary / "config.json").write_text(json.dumps(said, indent=2))
             if tokenizer.get("kind") == "hf":
                 (temporary / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
@@ -925,14 +925,16 @@ def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
             raise ValueError(f"{path.name} is missing in {folder}: {remedy}")
         try:
             with safetensors.safe_open(path, "pt") as file:
-                outlines |= (found := {name: outline(file, name) for name in file.offset_keys()})
+                found = {name: outline(file, name) for name in file.offset_keys()}
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
-        paths |= {name: path for name, tensor in found.items() if tensor.numel()}
-    return paths, {name: outlines[name] for name in paths}
+        found = {name: tensor for name, tensor in found.items() if tensor.numel()}
+        outlines, paths = outlines | found, paths | dict.fromkeys(found, path)
+    return paths, outlines
 
 
 def outline(file, name: str) -> Tensor:
+    """A tensor of an open safetensors file on the meta device."""
     stored = file.get_slice(name)
     dtype = stored.get_dtype()
     require(dtype in DTYPES, f"the dtype of {name}", dtype, "one of " + ", ".join(DTYPES))
@@ -972,12 +974,8 @@ def unlike_fields(config: MoEConfig, family: Family) -> dict[str, object]:
 
 def config_json(config: MoEConfig, kind: str, dtype: torch.dtype, eot: int | None) -> dict:
     """What config.json says of a config, in words that old and new releases of transformers read."""
-    resolved = {
-        "n_kv_head": config.kv_heads,
-        "head_width": config.head_dim,
-        "dense_hidden": config.dense_width,
-    }
-    values = asdict(config) | resolved
+    widths = {"head_width": config.head_dim, "dense_hidden": config.dense_width}
+    values = asdict(config) | widths | {"n_kv_head": config.kv_heads}
     said = {key: values[field] for key, field in FAMILIES[kind].keys.items()}
     return said | {
         "model_type": kind,
@@ -999,9 +997,8 @@ def write_tensors(folder: Path, views: dict[str, Tensor], shard_bytes: int) -> N
         total += tensor.nbytes
     places = {}
     for number, names in enumerate(shards.values(), start=1):
-        file = (
-            f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        )
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"model{part}.safetensors"
         copies = (views[name].cpu().clone(memory_format=contiguous) for name in names)
         save_file(dict(zip(names, copies, strict=True)), folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)

@@ -14,7 +14,7 @@ import torch
 import model as code
 from model import MoEConfig, MoEGPT, pretrained_config
 
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors.torch")
 hub = pytest.importorskip("huggingface_hub")
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -338,6 +338,15 @@ def test_missing_and_damaged_files(tmp_path, damage):
     do(tmp_path, *sorted(tmp_path.glob("*.safetensors"))[:2])
     message = refusal(MoEGPT.from_pretrained, tmp_path)
     assert words in message and str(tmp_path) in message
+
+
+def test_quantised_tensors_are_refused(folder):
+    """A tensor of another number format than the three that weights have is refused by name."""
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    message = refusal(MoEGPT.from_pretrained, folder)
+    assert "the dtype of model.norm.weight is I8" in message and "F32, F16, BF16" in message
 
 
 def test_a_name_is_fetched_from_the_hub(folder, monkeypatch):
