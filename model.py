@@ -1,6 +1,6 @@
 """A decoder-only Mixture-of-Experts language model of the OLMoE shape.
 
-Pre-norm RMSNorm, RoPE, SwiGLU experts, untied head.
+Pre-norm RMSNorm, RoPE, SwiGLU experts, untied head. Pretrained OLMoE, Qwen and Mixtral models open as well.
 
     B  sequences in the batch     C  model width (n_embd)              E  experts (n_expert)
     T  tokens in a sequence       H  hidden width of one expert        k  experts per token on average
@@ -75,20 +75,19 @@ class MoEConfig:
             ("qk_norm", ("none", "head", "full")),
         ):
             require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
-        if self.head_width is None:
-            allowed = f"a multiple of n_head = {self.n_head}"
-            require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, allowed)
-        width = "n_embd / n_head" if self.head_width is None else "head_width"
-        require(self.head_dim >= 2 and self.head_dim % 2 == 0, width, self.head_dim, "even, for RoPE")
-        require(self.kv_heads >= 1, "n_kv_head", self.kv_heads, "at least 1")
+        for name in ("n_kv_head", "head_width", "dense_hidden"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1, or none")
+        whole = self.head_width or self.n_embd % self.n_head == 0
+        require(whole, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        width = "head_width" if self.head_width else "n_embd / n_head"
+        require(self.head_dim % 2 == 0, width, self.head_dim, "even, for RoPE")
         require(
             self.n_head % self.kv_heads == 0,
             "n_kv_head",
             self.kv_heads,
             f"a divisor of n_head = {self.n_head}",
         )
-        ok = self.dense_hidden is None or self.dense_hidden >= 1
-        require(ok, "dense_hidden", self.dense_hidden, "at least 1")
         for name in ("n_embd", "n_hidden"):  # rows of 16 bytes in bfloat16, as grouped_mm asks
             require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
@@ -347,9 +346,10 @@ class MoE(nn.Module):
         tokens, mask_s, weight_s = x.reshape(-1, C).to(dtype), mask.flatten(0, 1), weight.flatten(0, 1)
         y = run_experts(tokens, mask_s, weight_s, w_in, w_out, size).to(x.dtype).view(B, T, C)
         if self.shared is not None:
-            y = y + (
-                self.shared(x) if self.shared_gate is None else self.shared_gate(x).sigmoid() * self.shared(x)
-            )
+            shared = self.shared(x)
+            if self.shared_gate is not None:
+                shared = shared * self.shared_gate(x).sigmoid()
+            y = y + shared
         return y, Stats(load_balance_loss(scores, mask), z_loss(logits), mask.sum((0, 1)), mask.sum(-1))
 
     @torch.no_grad()
@@ -525,12 +525,13 @@ class MoEGPT(nn.Module):
         the real tokens of prompts padded on the left to one length. temperature 0 takes the likeliest token;
         top_k and top_p as in sample_token, which says what ValueErrors it raises.
 
-        The cache (None: a new one of block_size tokens) is the window that the model sees. When it is full,
-        it is emptied and the newest half of the text is fed again, so that their routing begins anew; a
-        prompt that does not fit is cut to its newest max_tokens // 2 tokens.
+        The cache (None: a new one of what is needed, up to block_size) is the window that the model sees.
+        When it is full, it is emptied and the newest half of the text is fed again, so that their routing
+        begins anew; a prompt that does not fit is cut to its newest max_tokens // 2 tokens.
         """
         require(idx.shape[1] >= 1, "tokens in the prompt", idx.shape[1], "at least 1")
-        cache = cache or self.new_cache(len(idx))
+        needed = max(2, idx.shape[1] + max_new_tokens)
+        cache = cache or self.new_cache(len(idx), min(needed, self.config.block_size))
         text, real = idx, torch.ones_like(idx, dtype=torch.bool) if active is None else active
         half = cache.max_tokens // 2
         if idx.shape[1] > cache.max_tokens:
@@ -620,17 +621,17 @@ class MoEGPT(nn.Module):
         config, family = read_config(folder)
         with torch.device("meta"):
             model = cls(replace(config, **changes))
-        stored = file_tensors(folder)
-        check_shapes(file_views(model, family), {name: like for name, (_, like) in stored.items()}, folder)
-        model.cast(stored[family.names["embedding.weight"]][1].dtype).to_empty(device=device)
+        paths, outlines = file_tensors(folder)
+        check_shapes(file_views(model, family), outlines, folder)
+        model.cast(outlines[family.names["embedding.weight"]].dtype).to_empty(device=device)
         model._tie()
         for layer in model.expert_layers():
             layer.bias.zero_()
-        copy_tensors(stored, file_views(model, family))
+        copy_tensors(paths, file_views(model, family))
         return model
 
     def save_pretrained(
-        self, path: str | Path, tokenizer: dict | None = None, shard_bytes: int = 4 * 2**30
+        self, path: str | Path, tokenizer: dict | None = None, shard_bytes: int = 2 * 2**30
     ) -> None:
         """Write a new folder that transformers opens, whole or not at all; its logits are those under topk.
 
@@ -643,8 +644,8 @@ class MoEGPT(nn.Module):
         biased = any(layer.bias.any() for layer in self.expert_layers())
         require(not biased, "the bias for selection (bias_rate)", "in use", "0 to be saved for transformers")
         said = config_json(self.config, kind, self.head.weight.dtype, tokenizer.get("eot"))
+        temporary.mkdir(parents=True)
         try:
-            temporary.mkdir(parents=True)
             (temporary / "config.json").write_text(json.dumps(said, indent=2))
             if tokenizer.get("kind") == "hf":
                 (temporary / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
@@ -824,6 +825,7 @@ FAMILIES = {
         MIXTRAL_NAMES,
     ),
 }
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a file may have
 ROUTING = ("router", "min_experts", "max_experts", "strict")  # no part of a file: chosen when it is opened
 
 
@@ -851,7 +853,7 @@ def hf_folder(name_or_path: str | Path) -> Path:
     except Exception as error:  # the library's errors are many, and long
         raise ValueError(
             f"{name_or_path} is no folder here, and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}): correct the name, or give the folder of a copy"
+            f"({type(error).__name__}): check the name and the network, or give the folder of a copy"
         ) from error
 
 
@@ -909,12 +911,12 @@ def file_views(model: MoEGPT, family: Family) -> dict[str, Tensor]:
     return views
 
 
-def file_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
-    """Every tensor of a checkpoint that has elements: its file, and its shape and dtype on the meta device.
+def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
+    """Every tensor of a checkpoint that has elements: the file that it is in, and itself on the meta device.
 
-    Raises ValueError for a file that is missing or damaged.
+    Raises ValueError for a file that is missing or damaged, and for a dtype that is not one of DTYPES.
     """
-    safetensors, found = optional("safetensors"), {}
+    safetensors, paths, outlines = optional("safetensors"), {}, {}
     index = folder / "model.safetensors.index.json"
     shards = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
     for path in sorted(folder / shard for shard in shards):
@@ -923,20 +925,30 @@ def file_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
             raise ValueError(f"{path.name} is missing in {folder}: {remedy}")
         try:
             with safetensors.safe_open(path, "pt") as file:
-                found |= {name: (path, file.get_tensor(name).to("meta")) for name in file.offset_keys()}
+                found = {name: outline(file, name) for name in file.offset_keys()}
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
-    return {name: (path, like) for name, (path, like) in found.items() if like.numel()}
+        found = {name: tensor for name, tensor in found.items() if tensor.numel()}
+        outlines, paths = outlines | found, paths | dict.fromkeys(found, path)
+    return paths, outlines
 
 
-def copy_tensors(stored: dict[str, tuple[Path, Tensor]], views: dict[str, Tensor]) -> None:
+def outline(file, name: str) -> Tensor:
+    """A tensor of an open safetensors file on the meta device."""
+    stored = file.get_slice(name)
+    dtype = stored.get_dtype()
+    require(dtype in DTYPES, f"the dtype of {name}", dtype, "one of " + ", ".join(DTYPES))
+    return torch.empty(stored.get_shape(), dtype=DTYPES[dtype], device="meta")
+
+
+def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
     """Read the tensors of file_tensors into the views of file_views.
 
     A file stays open for 16 tensors: until it is closed, the pages that were read count as memory.
     """
     opened = None
-    bar = tqdm(stored.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
-    for number, (name, (path, _)) in enumerate(bar):
+    bar = tqdm(paths.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
+    for number, (name, path) in enumerate(bar):
         if number % 16 == 0 or path != opened:
             file, opened = optional("safetensors").safe_open(path, "pt"), path
         views[name].copy_(file.get_tensor(name))
@@ -962,12 +974,8 @@ def unlike_fields(config: MoEConfig, family: Family) -> dict[str, object]:
 
 def config_json(config: MoEConfig, kind: str, dtype: torch.dtype, eot: int | None) -> dict:
     """What config.json says of a config, in words that old and new releases of transformers read."""
-    resolved = {
-        "n_kv_head": config.kv_heads,
-        "head_width": config.head_dim,
-        "dense_hidden": config.dense_width,
-    }
-    values = asdict(config) | resolved
+    widths = {"head_width": config.head_dim, "dense_hidden": config.dense_width}
+    values = asdict(config) | widths | {"n_kv_head": config.kv_heads}
     said = {key: values[field] for key, field in FAMILIES[kind].keys.items()}
     return said | {
         "model_type": kind,
@@ -981,20 +989,19 @@ def config_json(config: MoEConfig, kind: str, dtype: torch.dtype, eot: int | Non
 
 
 def write_tensors(folder: Path, views: dict[str, Tensor], shard_bytes: int) -> None:
-    """Write tensors into files of at most shard_bytes (or one tensor), with an index if there are several."""
-    shards, size = [[]], 0
+    """Write tensors into files of about shard_bytes each, and an index if they are several."""
+    save_file, contiguous = optional("safetensors.torch").save_file, torch.contiguous_format
+    shards, total = {}, 0
     for name, tensor in views.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards, size = [*shards, []], 0
-        shards[-1].append(name)
-        size += tensor.nbytes
+        shards.setdefault(total // shard_bytes, []).append(name)
+        total += tensor.nbytes
     places = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else "model.safetensors"
-        tensors = {name: views[name].cpu().clone(memory_format=torch.contiguous_format) for name in names}
-        optional("safetensors.torch").save_file(tensors, folder / file, metadata={"format": "pt"})
+    for number, names in enumerate(shards.values(), start=1):
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"model{part}.safetensors"
+        copies = (views[name].cpu().clone(memory_format=contiguous) for name in names)
+        save_file(dict(zip(names, copies, strict=True)), folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
-    if shards[1:]:
-        total = sum(tensor.nbytes for tensor in views.values())
+    if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -332,7 +332,7 @@ def test_new_weights_are_gpt2s():
     """All matrices start with deviation 0.02, those that add to the residual stream with 0.02 / sqrt(2L);
     gains start at 1 and biases at 0."""
     torch.manual_seed(0)
-    changes = {"n_embd": 64, "shared_hidden": 32, "shared_gate": True, "n_dense_layer": 1, "qkv_bias": True}
+    changes = {"n_embd": 64, "shared_hidden": 32, "n_dense_layer": 1, "qkv_bias": True}
     model = MoEGPT(MoEConfig(**TINY | changes))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -915,7 +915,7 @@ def test_a_failing_write_leaves_the_old_file(where, saved, monkeypatch):
         ({"n_embd": 40, "n_head": 3}, "n_embd is 40 multiple n_head = 3"),
         ({"n_embd": 24, "n_head": 8}, "n_embd / n_head is 3 even"),
         ({"head_width": 7}, "head_width is 7 even"),
-        ({"head_width": 0}, "head_width is 0 even"),
+        ({"head_width": 0}, "head_width is 0 at least 1"),
         ({"dense_hidden": 0}, "dense_hidden is 0 at least 1"),
         ({"n_kv_head": 3}, "n_kv_head is 3 divisor n_head = 4"),
         ({"n_kv_head": 8}, "n_kv_head is 8 divisor n_head = 4"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -235,6 +236,43 @@ def test_bfloat16(say):
     assert "bfloat16 on cpu" in out and "KV cache 4 KiB" in out
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """The folder of a tiny OLMoE in bfloat16 with random weights, and its tokenizer."""
+    pytest.importorskip("safetensors")
+    bpe = pytest.importorskip("tokenizers")
+    tokenizer = bpe.Tokenizer(bpe.models.BPE())
+    tokenizer.pre_tokenizer = bpe.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = bpe.decoders.ByteLevel()
+    alphabet = bpe.pre_tokenizers.ByteLevel.alphabet()
+    trainer = bpe.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, special_tokens=["<end>"])
+    tokenizer.train_from_iterator([PROMPT] * 3, trainer)
+    torch.manual_seed(0)
+    model = MoEGPT(MoEConfig(vocab_size=280, **SHAPE | {"router": "topk", "qk_norm": "full"}))
+    for parameter in model.parameters():
+        parameter.data *= 5
+    folder = tmp_path_factory.mktemp("pretrained") / "hf"
+    meta = {"kind": "hf", "name": "tiny", "json": tokenizer.to_str(), "eot": 0}
+    model.cast(torch.bfloat16).save_pretrained(folder, meta)
+    return folder
+
+
+def test_a_pretrained_model_writes(say, pretrained):
+    """With init_from a Hugging Face folder writes under any causal router, in its own dtype and tokenizer."""
+    out = say(f"--init_from={pretrained}", f"--prompt={PROMPT}", "--router=online_seqtopk")
+    assert out.startswith(f"{pretrained}: ") and body(out).startswith(PROMPT)
+    assert "router online_seqtopk (trained with topk), bfloat16 on cpu" in out
+    assert re.search(r"12 new tokens, .* (1\.[5-9]|2\.0)\d experts per token", out)
+    assert "float32 on cpu" in say(f"--init_from={pretrained}", "--dtype=float32")
+    assert ", 2.00 experts per token" in say(f"--init_from={pretrained}", f"--prompt={PROMPT}")
+
+
+def test_a_pretrained_model_ends_at_its_end_of_text(say, pretrained):
+    """The tokenizer's end-of-text ends a sample and is not printed."""
+    out = say(f"--init_from={pretrained}", "--max_new_tokens=5000", "--temperature=30", "--top_p=1")
+    assert int(re.search(r"(\d+) new tokens", out)[1]) < 5000 and "<end>" not in out
+
+
 def test_ctrl_c_stops_and_sums_up(say, monkeypatch):
     """Ctrl-C ends the writing; what was written is counted."""
     generate = MoEGPT.generate
@@ -309,6 +347,14 @@ def test_bad_checkpoint(fails, tmp_path, tokenizer, damage):
     else:
         path.write_bytes({"truncated": path.read_bytes()[:-500], "empty": b"", "text": b"hello\n"}[damage])
     assert ("tokenizer" if damage == "no tokenizer" else "best.pt") in fails(out_dir=path.parent)
+
+
+@pytest.mark.parametrize(("removed", "words"), [("tokenizer.json", "tokenizer"), ("config.json", "config")])
+def test_bad_pretrained_folder(fails, pretrained, tmp_path, removed, words):
+    """A Hugging Face folder that lacks a file is refused by name."""
+    folder = shutil.copytree(pretrained, tmp_path / "hf")
+    (folder / removed).unlink()
+    assert words in fails(f"--init_from={folder}")
 
 
 def test_help_explains_every_key():
