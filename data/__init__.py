@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.answers import Answers, answer_windows
+from data.answers import Answers, pack, train_windows
 from data.tokenizer import (
     AnyTokenizer,
     Tokenizer,
@@ -104,14 +104,11 @@ def train_batch(
     A pure function of its arguments: resuming needs only the step, and nothing else can shift the data. An
     epoch visits the windows of one tiling of `tokens` once each, in random order; each epoch has its own
     tiling (random first token) and order. A batch may straddle epochs. With `answers`, windows are those of
-    answer_windows, each epoch in its own order, and y is -1 where nothing is learned. ValueError: fewer
-    tokens than one window.
+    data/answers.py, and y is -1 where nothing is learned. ValueError: fewer tokens than one window.
     """
     samples = range(step * batch_size, (step + 1) * batch_size)
     if answers:
-        windows = answer_windows(answers, block_size)
-        order = (_epoch_order(len(windows), seed, n // len(windows))[n % len(windows)] for n in samples)
-        return answers.rows(tokens, [windows[i] for i in order], block_size)
+        return answers.rows(tokens, train_windows(answers, samples, block_size, seed), block_size)
     per_epoch = _windows_per_epoch(len(tokens), block_size)
     starts = [_epoch_starts(len(tokens), block_size, seed, n // per_epoch)[n % per_epoch] for n in samples]
     return _windows(tokens, starts, block_size)
@@ -125,9 +122,7 @@ def val_batches(
     Returns (x, y) pairs, (batch_size, block_size) int64, as in train_batch; the last may have fewer rows.
     ValueError: fewer tokens than one window.
     """
-    windows = (
-        answer_windows(answers, block_size) if answers else range(_whole_windows(len(tokens), block_size))
-    )
+    windows = pack(answers, block_size) if answers else range(_whole_windows(len(tokens), block_size))
     count = min(n_windows, len(windows))
     chosen = [windows[i * len(windows) // count] for i in range(count)]
     batches = [chosen[i : i + batch_size] for i in range(0, count, batch_size)]
@@ -232,11 +227,6 @@ def _epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.n
     rng = np.random.default_rng([seed, epoch])
     offset = rng.integers(min(block_size, n_tokens - count * block_size))
     return offset + block_size * rng.permutation(count)
-
-
-@functools.lru_cache(maxsize=4)
-def _epoch_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n_windows)
 
 
 def _windows(tokens: np.ndarray, starts: list[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
