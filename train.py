@@ -273,10 +273,10 @@ def make_optimizer(model: MoEGPT, config: TrainConfig) -> torch.optim.Optimizer:
 
 class RoundingAdamW(torch.optim.Optimizer):
     """AdamW whose moments have the dtype of their weight. What is bfloat16 is rounded at random, so that
-    updates far below the spacing of bfloat16, 1/256 of a weight, add up as they should.
+    updates far below its spacing, 1/256 to 1/128 of a weight, add up as they should.
 
     It computes in float32, in pieces that need little memory. The random numbers of a step are a function of
-    `seed` and its number.
+    `seed` and the step, so there is no random state to keep.
     """
 
     PIECE = 2**24  # elements
@@ -287,6 +287,7 @@ class RoundingAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Change the weights that have a gradient."""
         for group in self.param_groups:
             group["step"] += 1
             for number, weight in enumerate(group["params"]):
@@ -379,7 +380,7 @@ def train_step(run: Run) -> Tensor:
     mean_loss, load = 0.0, 0
     for micro_step in range(run.step * n, (run.step + 1) * n):
         total, loss, stats = losses(run, *batch(run, micro_step))
-        run.scaler.scale(total / n).backward()
+        run.scaler.scale(total / n).backward()  # all count alike, however many answers they hold
         mean_loss, load = mean_loss + loss / n, load + stats.load
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)

@@ -125,13 +125,14 @@ def val_batches(
     Returns (x, y) pairs, (batch_size, block_size) int64, as in train_batch; the last may have fewer rows.
     ValueError: fewer tokens than one window.
     """
-    windows = answer_windows(answers, block_size) if answers else None
-    available = len(windows) if answers else _whole_windows(len(tokens), block_size)
-    count = min(n_windows, available)
-    chosen = [i * available // count for i in range(count)]
+    windows = (
+        answer_windows(answers, block_size) if answers else range(_whole_windows(len(tokens), block_size))
+    )
+    count = min(n_windows, len(windows))
+    chosen = [windows[i * len(windows) // count] for i in range(count)]
     batches = [chosen[i : i + batch_size] for i in range(0, count, batch_size)]
     if answers:
-        return [answers.rows(tokens, [windows[i] for i in batch], block_size) for batch in batches]
+        return [answers.rows(tokens, batch, block_size) for batch in batches]
     return [_windows(tokens, [i * block_size for i in batch], block_size) for batch in batches]
 
 

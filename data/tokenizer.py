@@ -195,10 +195,9 @@ def hf_tokenizer(name_or_path: str) -> HFTokenizer:
     path = _hf_file(name_or_path, "tokenizer.json")
     if path is None:
         raise ValueError(f"{name_or_path} has no tokenizer.json: give a model or folder that has one")
+    eot = _end_of_text(name_or_path, _json(path).get("added_tokens", []))
     text = path.read_text(encoding="utf-8")
-    return HFTokenizer(
-        {"kind": "hf", "name": name_or_path, "json": text, "eot": _end_of_text(name_or_path, text)}
-    )
+    return HFTokenizer({"kind": "hf", "name": name_or_path, "json": text, "eot": eot})
 
 
 def is_hugging_face(name_or_path: str) -> bool:
@@ -208,19 +207,26 @@ def is_hugging_face(name_or_path: str) -> bool:
     return bool(is_name) or (path / "config.json").is_file()
 
 
-def _end_of_text(name_or_path: str, tokenizer_json: str) -> int:
+def _end_of_text(name_or_path: str, added_tokens: list[dict]) -> int:
     """The id of eos_token in tokenizer_config.json, or else eos_token_id (the first) in config.json."""
     settings = {}
     for name in ("config.json", "tokenizer_config.json"):
         if path := _hf_file(name_or_path, name):
-            settings |= json.loads(path.read_text(encoding="utf-8"))
+            settings |= _json(path)
     token, eot = settings.get("eos_token"), settings.get("eos_token_id")
     token = token["content"] if isinstance(token, dict) else token
     eot = eot[0] if isinstance(eot, list) else eot
-    added = {entry["content"]: entry["id"] for entry in json.loads(tokenizer_json)["added_tokens"]}
+    added = {entry["content"]: entry["id"] for entry in added_tokens}
     if added.get(token, eot) is None:
         raise ValueError(f"{name_or_path} names no end-of-text: its tokenizer_config.json needs an eos_token")
     return added.get(token, eot)
+
+
+def _json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as err:
+        raise ValueError(f"{path} is damaged: {type(err).__name__} {err}") from err
 
 
 def _hf_file(name_or_path: str, name: str) -> Path | None:
