@@ -740,7 +740,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 # -------------------- Hugging Face checkpoints ------------------------------------------------------------
 
-
+# Keys of config.json and the fields of MoEConfig that they set, as far as families agree.
 KEYS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "block_size",
@@ -770,6 +770,7 @@ USUAL = {
     "decoder_sparse_step": 1,
     "quant_method": None,
 }
+# Parameters here, and the tensors of a file that lie in them, one below the other.
 NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -800,11 +801,9 @@ MIXTRAL_NAMES = NAMES | {
 class Family(NamedTuple):
     """How one architecture of transformers says what MoEConfig and MoEGPT say."""
 
-    keys: dict[str, str]  # key of config.json -> field of MoEConfig
+    keys: dict[str, str]
     implied: dict[str, object]  # fields that config.json may leave out or has no key for
-    names: dict[str, str] = (
-        NAMES  # parameter here -> the tensors of a file that lie in it, one below the other
-    )
+    names: dict[str, str] = NAMES
 
 
 FAMILIES = {
