@@ -740,15 +740,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 # -------------------- Hugging Face checkpoints ------------------------------------------------------------
 
-
-class Family(NamedTuple):
-    """How one architecture of transformers says what MoEConfig and MoEGPT say."""
-
-    keys: dict[str, str]  # key of config.json -> field of MoEConfig
-    implied: dict[str, object]  # fields that config.json may leave out or has no key for
-    names: dict[str, str]  # parameter here -> the tensors of a file that lie in it, one below the other
-
-
+# Keys of config.json and the fields of MoEConfig that they set, as far as families agree.
 KEYS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "block_size",
@@ -778,6 +770,7 @@ USUAL = {
     "decoder_sparse_step": 1,
     "quant_method": None,
 }
+# Parameters here, and the tensors of a file that lie in them, one below the other.
 NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -803,21 +796,27 @@ MIXTRAL_NAMES = NAMES | {
     "mlp.w_in": "block_sparse_moe.experts.{}.w1.weight block_sparse_moe.experts.{}.w3.weight",
     "mlp.w_out": "block_sparse_moe.experts.{}.w2.weight",
 }
+
+
+class Family(NamedTuple):
+    """How one architecture of transformers says what MoEConfig and MoEGPT say."""
+
+    keys: dict[str, str]
+    implied: dict[str, object]  # fields that config.json may leave out or has no key for
+    names: dict[str, str] = NAMES
+
+
 FAMILIES = {
     "olmoe": Family(
-        MOE_KEYS | {"intermediate_size": "n_hidden"},
-        IMPLIED | {"qk_norm": "full", "norm_eps": 1e-5},
-        NAMES,
+        MOE_KEYS | {"intermediate_size": "n_hidden"}, IMPLIED | {"qk_norm": "full", "norm_eps": 1e-5}
     ),
     "qwen2_moe": Family(
         QWEN_KEYS | {"shared_expert_intermediate_size": "shared_hidden", "qkv_bias": "qkv_bias"},
         IMPLIED | {"shared_gate": True, "qkv_bias": True, "norm_eps": 1e-6},
-        NAMES,
     ),
     "qwen3_moe": Family(
         QWEN_KEYS | {"head_dim": "head_width"},
         IMPLIED | {"qk_norm": "head", "head_width": None, "norm_eps": 1e-6},
-        NAMES,
     ),
     "mixtral": Family(
         KEYS | {"num_local_experts": "n_expert", "intermediate_size": "n_hidden", "head_dim": "head_width"},

@@ -720,6 +720,15 @@ def test_impossible_sampling_is_refused(options):
         sample_token(torch.zeros(1, 4), **options)
 
 
+def test_a_cache_of_its_own_has_the_room_that_is_needed(monkeypatch):
+    """Without a cache, `generate` makes one for the prompt and the new tokens, but not beyond block_size."""
+    rooms, new_cache = [], MoEGPT.new_cache
+    monkeypatch.setattr(MoEGPT, "new_cache", lambda self, B, T: rooms.append(T) or new_cache(self, B, T))
+    for prompt, new in ((3, 4), (20, 30), (30, 1), (1, 0)):
+        list(make().generate(tokens(1, prompt), new))
+    assert rooms == [7, 24, 24, 2]
+
+
 # ---------------------------------------------------------------------------------------------------
 # Counting
 

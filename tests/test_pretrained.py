@@ -224,6 +224,43 @@ def test_what_a_config_leaves_out(folder):
     assert pretrained_config(folder) == want
 
 
+PUBLISHED = {  # config.json, and billions of parameters: in all, and used by a token
+    "OLMoE-1B-7B": (
+        {"model_type": "olmoe", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16}
+        | {"intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 50304},
+        (6.9, 1.3),
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        {"model_type": "qwen2_moe", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16}
+        | {"moe_intermediate_size": 1408, "num_experts": 60, "num_experts_per_tok": 4, "vocab_size": 151936}
+        | {"intermediate_size": 5632, "shared_expert_intermediate_size": 5632},
+        (14.3, 2.7),
+    ),
+    "Qwen3-30B-A3B": (
+        {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32}
+        | {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936}
+        | {"intermediate_size": 6144, "num_key_value_heads": 4, "head_dim": 128},
+        (30.5, 3.3),
+    ),
+    "Mixtral-8x7B": (
+        {"model_type": "mixtral", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000}
+        | {"num_key_value_heads": 8},
+        (46.7, 12.9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_released_models_have_the_sizes_that_their_authors_state(name, tmp_path):
+    """From their config.json comes a model of as many parameters as published, all in all and per token."""
+    said, billions = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(said | {"max_position_embeddings": 4096}))
+    with torch.device("meta"):
+        counts = MoEGPT(pretrained_config(tmp_path)).n_params()
+    assert [count / 1e9 for count in counts] == pytest.approx(billions, abs=0.06)
+
+
 def test_a_tokenizer_comes_along(tmp_path):
     """tokenizer.json and the end-of-text id are written from the tokenizer's meta."""
     ours = MoEGPT(MoEConfig(vocab_size=96, qk_norm="full"))
