@@ -72,11 +72,9 @@ def pack(answers: Answers, block_size: int, seed: int | None = None, epoch: int 
     A pair that is longer than block_size + 1 tokens is cut to them. ValueError: no answer begins within any.
     """
     sizes = np.diff(answers.bounds)
-    order = (
-        np.arange(len(sizes))
-        if seed is None
-        else np.random.default_rng([seed, epoch]).permutation(len(sizes))
-    )
+    order = np.arange(len(sizes))
+    if seed is not None:
+        order = np.random.default_rng([seed, epoch]).permutation(order)
     ends = sizes[order].cumsum()
     prompts = sizes - np.add.reduceat(answers.learn, answers.bounds[:-1], dtype=np.int64)
     windows, begin = [], 0

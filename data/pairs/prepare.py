@@ -112,12 +112,7 @@ def document(pair: Pair) -> str:
 
 
 def write_pairs(
-    folder: Path,
-    train: list[Pair],
-    val: list[Pair],
-    tokenizer: AnyTokenizer,
-    files: dict | None = None,
-    **meta,
+    folder: Path, train: list[Pair], val: list[Pair], tokenizer: AnyTokenizer, files: dict | None = None
 ) -> dict:
     """Write a dataset of which only the answers are learned; as data.write_dataset."""
     docs, learn = {}, {}
@@ -126,10 +121,9 @@ def write_pairs(
         docs[name] = [prompt + answer for prompt, answer in encoded]
         masks = ([0] * len(prompt) + [1] * (len(answer) + 1) for prompt, answer in encoded)  # end-of-text too
         learn[f"{name}_learn.bin"] = b"".join(map(bytes, masks))
-    texts = [(name, "".join(map(document, pairs))) for name, pairs in (("train", train), ("val", val))]
-    files = (files or {}) | learn
-    prompt = prompt_of(val[0].prompt)
-    return write_dataset(folder, docs["train"], docs["val"], tokenizer, digest(texts), files, prompt=prompt)
+    sha256 = digest((name, "".join(map(document, pairs))) for name, pairs in (("train", train), ("val", val)))
+    files, prompt = (files or {}) | learn, prompt_of(val[0].prompt)
+    return write_dataset(folder, docs["train"], docs["val"], tokenizer, sha256, files, prompt=prompt)
 
 
 def encode(tokenizer: AnyTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
