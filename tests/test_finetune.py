@@ -366,6 +366,19 @@ def test_right_answers_are_counted(problems, tmp_path, capsys, monkeypatch):
     assert row["exact match"][0] == pytest.approx(1 - 1 / len(tested), rel=1e-4)
 
 
+def test_what_was_learned_is_solved(tmp_path, capsys):
+    """A model that has learned some problems, each among others, solves them one by one."""
+    source = tmp_path / "few.jsonl"
+    source.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS[::3]))
+    folder, run = tmp_path / "data", tmp_path / "run"
+    gsm8k.main(flags(source=source, test_source=source, tokenizer="bpe", vocab_size=300, out_dir=folder))
+    settings = {"max_iters": 120, "eval_interval": 120, "batch_size": 8, "block_size": 96, "n_layer": 2}
+    settings |= {"learning_rate": 4e-3, "warmup_iters": 10, "eval_windows": 1, "sample_tokens": 0}
+    train.main(flags(**TRAIN | settings, dataset=folder, out_dir=run))
+    [row] = measure(capsys, "gsm8k", *flags(init_from=run / "last.pt", dataset=folder))["gsm8k"]
+    assert row["problems"] == 24 and row["exact match"][0] > 0.7
+
+
 def test_generation_ends_after_the_final_answers():
     """Nothing is generated for long once all rows have ended or written the line of their final answer."""
     tokenizer = data.train_bpe(["ab"], 257, "x")
