@@ -1,7 +1,9 @@
 """How fast this code is, and what SeqTopK costs: ratios of runs that take turns in one process.
 
-    python bench.py                                      every part but arithmetic, in minutes
+    python bench.py                                      every part that needs no trained model, in minutes
     python bench.py decode --shape=heavy --batch_size=1  one part; --help lists the parts and the keys
+    python bench.py gsm8k --init_from=allenai/OLMoE-1B-7B-0924 --shots=8
+    python bench.py switch --init_from=allenai/OLMoE-1B-7B-0924 --text=FILE
     python bench.py --json=results/laptop.json --plot=plots/laptop.png
     python bench.py table                                the table of README.md, from results/*.json
 
@@ -11,6 +13,7 @@ better; `speed/x` is its inverse. Every run ends with one line of JSON, which --
 """
 
 import copy
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -26,13 +29,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, quantiles
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -41,13 +45,20 @@ from tqdm import tqdm
 import data
 from config import bad_input_exits, parse
 from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
-from data.arithmetic.prepare import is_correct, prompt_of
-from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT, load_checkpoint, require
+from data import AnyTokenizer
+from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of
+from data.pairs.prepare import Pair, read_pairs
+from data.source import read_text
+from model import MLP, Cache, Chunk, Context, MoE, MoEConfig, MoEGPT, load_checkpoint, require
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
 
 HOME = Path(__file__).parent
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 BLOCK = ExpertCache.RECENT  # steps of an Expert Cache from one merge of its buffers to the next
+FINAL_LINE = re.compile(FINAL_ANSWER.pattern + r"\s")  # as FINAL_ANSWER, and no more digits can follow
+CHECK_EVERY = 16  # tokens from one look for final answers to the next
+ANSWER_TOKENS = 400  # the most for an answer in gsm8k
+SWITCH_WINDOWS = 64  # of the text, in switch
 INIT_STD = 0.02  # of the model's random weights
 HEAVY = {"n_layer": 4, "n_head": 8, "n_embd": 1024, "n_hidden": 512, "n_expert": 64, "k": 8}
 OLMOE = MoEConfig(50304, 4096, n_layer=16, n_head=16, n_embd=2048, n_hidden=1024, n_expert=64, k=8)
@@ -74,9 +85,13 @@ class BenchConfig:
     n_expert: int | None = None  # experts per layer
     k: int | None = None  # experts per token on average
     effort: float = 1.0  # 2 measures twice as long, 0 for five rounds
-    out_dir: str = "out/arithmetic_seqtopk"  # arithmetic: folder of the run
-    router: str | None = None  # arithmetic: any causal one; none: the stand-in for the run's own in decoding
-    problems: int = 300  # arithmetic: problems of each level
+    init_from: str | None = None  # arithmetic, gsm8k, switch: a run, a checkpoint, or a Hugging Face model
+    out_dir: str | None = None  # the same, for a run (none of both: the run of config/NAME.py for that task)
+    router: str | None = None  # arithmetic, gsm8k: any causal one; none: the stand-in for the run's own
+    problems: int | None = None  # so many (none: arithmetic 300 of each level, gsm8k all)
+    shots: int = 0  # gsm8k: solved examples in the prompt, for models that were not fine-tuned
+    dataset: str = "gsm8k"  # gsm8k: where test.jsonl and the examples come from
+    text: str | None = None  # switch: file with the text
     json: str | None = None  # file to keep the results in
     plot: str | None = None  # file to draw the ratios to; needs matplotlib
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
@@ -86,7 +101,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            low = 0 if name in ("effort", "seed") else 1
+            low = 0 if name in ("effort", "seed", "shots") else 1
             require(isinstance(value, str | None) or value >= low, name, value, f"at least {low}")
 
 
@@ -558,18 +573,17 @@ def bench_arithmetic(bench: Bench) -> list[dict]:
     Greedy, from KV cache and Expert Cache, many problems at once; exact match with its 95% interval.
     """
     config = bench.config
-    checkpoint = load_checkpoint(Path(config.out_dir) / "best.pt")
-    model = MoEGPT.from_checkpoint(checkpoint).to(bench.device).cast(bench.dtype).eval()
+    model, tokenizer, folder = open_model(bench, "out/arithmetic_seqtopk")
     lines = (data.load("arithmetic").folder / "test.jsonl").read_text().splitlines()
     levels: dict[int, list[dict]] = {}
     for problem in map(json.loads, lines):
         levels.setdefault(problem["level"], []).append(problem)
-    chosen = [problem for level in sorted(levels) for problem in levels[level][: config.problems]]
-    tokenizer, size = data.Tokenizer(checkpoint["tokenizer"]), bench.sized(batch_size=100).batch_size
+    chosen = [problem for level in sorted(levels) for problem in levels[level][: config.problems or 300]]
+    size = bench.sized(batch_size=100).batch_size
     solved = []
     for start in tqdm(range(0, len(chosen), size), unit="batch", disable=None):
         solved += solve(model, tokenizer, chosen[start : start + size], config.router)
-    run = f"{config.out_dir}, router {config.router or ROUTERS[model.config.router].decode}"
+    run = f"{folder}, router {config.router or ROUTERS[model.config.router].decode}"
     rows = []
     for level in [*sorted(levels), "all"]:
         right, experts = zip(*(s for p, s in zip(chosen, solved) if level in ("all", p["level"])))
@@ -578,20 +592,186 @@ def bench_arithmetic(bench: Bench) -> list[dict]:
     return rows
 
 
-def solve(model: MoEGPT, tokenizer: data.Tokenizer, problems: list[dict], router: str | None) -> list[tuple]:
+def solve(model: MoEGPT, tokenizer: AnyTokenizer, problems: list[dict], router: str | None) -> list[tuple]:
     """Of each problem, whether the likeliest answer is right, and the mean experts per token."""
-    device, pad = model.head.weight.device, partial(pad_sequence, batch_first=True, padding_side="left")
-    prompts = [torch.tensor(tokenizer.encode(prompt_of(problem["question"]))) for problem in problems]
-    idx, active = pad(prompts).to(device), pad([torch.ones_like(p).bool() for p in prompts]).to(device)
+    prompts = [prompt_of(problem["question"]) for problem in problems]
     room = 32 + max(len(tokenizer.encode(problem["answer"])) for problem in problems)
-    cache = model.new_cache(len(problems), idx.shape[1] + room, router)
-    chunks = model.generate(idx, room, cache, temperature=0, stop=tokenizer.eot, active=active)
-    tokens, experts, real = (torch.cat(parts, dim=1) for parts in zip(*chunks))
+    answers = answer(model, tokenizer, prompts, room, router)
+    return [(is_correct(text, p["result"]), experts) for (text, experts), p in zip(answers, problems)]
+
+
+def answer(
+    model: MoEGPT, tokenizer: AnyTokenizer, prompts: list[str], room: int, router: str | None
+) -> list[tuple[str, float]]:
+    """Of each prompt, the likeliest continuation, and the mean experts per token of both.
+
+    It ends at end-of-text, after `room` tokens, or some time after the line of its final answer.
+    """
+    device, pad = model.head.weight.device, partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
+    idx, active = pad(ids).to(device), pad([torch.ones_like(p).bool() for p in ids]).to(device)
+    cache = model.new_cache(len(prompts), idx.shape[1] + room, router)
+    chunks = []
+    for chunk in model.generate(idx, room, cache, temperature=0, stop=tokenizer.eot, active=active):
+        chunks.append(chunk)
+        if len(chunks) % CHECK_EVERY == 0:
+            texts = continuations(tokenizer, chunks)
+            if all(FINAL_LINE.search(text) or not alive for text, alive in zip(texts, chunk.active[:, -1])):
+                break
+    experts, real = (torch.cat([getattr(c, name) for c in chunks], dim=1) for name in ("experts", "active"))
     experts = (experts.float().mean(-1) * real).sum(1) / real.sum(1)
-    real[:, : idx.shape[1]] = False
-    texts = [tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens, real)]
-    right = [is_correct(text, problem["result"]) for text, problem in zip(texts, problems)]
-    return list(zip(right, experts.tolist()))
+    return list(zip(continuations(tokenizer, chunks), experts.tolist()))
+
+
+def continuations(tokenizer: AnyTokenizer, chunks: list[Chunk]) -> list[str]:
+    """Texts of what was generated after the prompt, which is the first of the chunks."""
+    if len(chunks) == 1:
+        return [""] * len(chunks[0].tokens)
+    tokens, real = (torch.cat([getattr(c, name) for c in chunks[1:]], dim=1) for name in ("tokens", "active"))
+    return [tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens, real)]
+
+
+def open_model(bench: Bench, run: str) -> tuple[MoEGPT, AnyTokenizer, Path]:
+    """The model of init_from, of out_dir or else of `run`, its tokenizer, and the folder of the run.
+
+    A Hugging Face model has no such folder, and gets out/MODEL.
+    """
+    name = bench.config.init_from or bench.config.out_dir or run
+    if name == bench.config.init_from and data.is_hugging_face(name):
+        tokenizer, model = data.hf_tokenizer(name), MoEGPT.from_pretrained(name)
+        folder = Path("out") / Path(name).resolve().name
+    else:
+        path = Path(name)
+        path = path / "best.pt" if path.suffix != ".pt" else path
+        checkpoint, folder = load_checkpoint(path), path.parent
+        tokenizer = data.make_tokenizer(checkpoint.get("tokenizer"))
+        model = MoEGPT.from_checkpoint(checkpoint)
+    return model.to(bench.device).cast(bench.dtype).eval(), tokenizer, folder
+
+
+def bench_gsm8k(bench: Bench) -> list[dict]:
+    """Problems of GSM8K's test set that a fine-tuned run or a Hugging Face model (--init_from) solves.
+
+    Greedy, from KV cache and Expert Cache, many problems at once; exact match of the number after "####" with
+    its 95% interval. Fine-tuned models get "Question: ...\\nAnswer:", as in training (data/pairs/prepare.py);
+    others want examples: --shots=8 puts the first 8 of the training set before it, with empty lines between.
+    Answers are kept in gsm8k-*.jsonl in the folder of the run; a second start does those that are missing.
+    """
+    config = bench.config
+    model, tokenizer, folder = open_model(bench, "out/finetune_olmoe_gsm8k")
+    dataset = data.load(config.dataset)
+    problems = read_test(dataset.folder / "test.jsonl")[: config.problems]
+    before = examples(dataset, config.shots)
+    prompts = [before + prompt_of(problem.prompt) for problem in problems]
+    router = config.router or ROUTERS[model.config.router].decode
+    name = f"gsm8k-{router}-{config.shots}shot-{identity(model, bench.dtype, router, before)}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = read_answers(folder / name)
+    todo = sorted({p for p in prompts if p not in done}, key=len)  # of like lengths: little padding
+    size = bench.sized(batch_size=32).batch_size
+    with tqdm(total=len(prompts), initial=len(prompts) - len(todo), unit="problem", disable=None) as bar:
+        for start in range(0, len(todo), size):
+            some = todo[start : start + size]
+            new = dict(zip(some, answer(model, tokenizer, some, ANSWER_TOKENS, router)))
+            append_answers(folder / name, new)
+            done |= new
+            bar.update(len(some))
+    right = [is_correct(done[prompt][0], result_of(p.answer)) for prompt, p in zip(prompts, problems)]
+    row = {"what": f"{folder}, router {router}, {config.shots} examples", "problems": len(right)}
+    row["exact match"] = wilson(sum(right), len(right))
+    return [row | {"experts per token": mean(done[prompt][1] for prompt in prompts)}]
+
+
+def read_test(path: Path) -> list[Pair]:
+    """Problems with their answers. Raises ValueError for an answer without its "#### RESULT"."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: make it with data/gsm8k/prepare.py")
+    problems = read_pairs(path, "question", "answer")
+    for number, problem in enumerate(problems, start=1):
+        found = FINAL_ANSWER.search(problem.answer)
+        require(bool(found), f"answer {number} in {path}", "without a result", "one that has #### NUMBER")
+    return problems
+
+
+def result_of(text: str) -> int:
+    return int(FINAL_ANSWER.search(text)[1].replace(",", ""))
+
+
+def examples(dataset: data.Dataset, shots: int) -> str:
+    """The first problems of the training set with their answers, each with an empty line after it."""
+    ends = (dataset.train == dataset.tokenizer.eot).nonzero()[0][:shots]
+    begins = [0, *(ends + 1)]
+    texts = (dataset.tokenizer.decode(dataset.train[a:b]) for a, b in zip(begins, ends))
+    return "".join(text[text.index("Question:") :] + "\n\n" for text in texts)  # without <s> and the like
+
+
+def identity(model: MoEGPT, *others: object) -> str:
+    """Twelve hex digits that differ where weights, routing or `others` do; of the weights, the small ones."""
+    sha = hashlib.sha256(f"{model.config} {others}".encode())
+    for tensor in model.state_dict().values():
+        if tensor.numel() <= 2**20:
+            sha.update(tensor.float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+def read_answers(path: Path) -> dict[str, tuple[str, float]]:
+    """Prompt -> its continuation, experts per token. A line that a crash cut short is dropped."""
+    done = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            done[entry["prompt"]] = entry["text"], entry["experts"]
+    return done
+
+
+def append_answers(path: Path, new: dict[str, tuple[str, float]]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        for prompt, (text, experts) in new.items():
+            file.write("\n" + json.dumps({"prompt": prompt, "text": text, "experts": experts}))
+
+
+def bench_switch(bench: Bench) -> list[dict]:
+    """Loss of a model (--init_from) on a text of yours (--text), its router and K changed without any tuning.
+
+    SeqTopK as it trains sees the tokens to come, so its loss is no likelihood of the text; that of online
+    SeqTopK, which sees none, is what a user of the model would get.
+    """
+    config = bench.config
+    require(config.text is not None, "text", config.text, "the path of a text: --text=FILE")
+    model, tokenizer, folder = open_model(bench, "out/small_topk")
+    tokens = np.array(tokenizer.encode(read_text(Path(config.text))))
+    size = bench.sized(batch_size=8, tokens=max(1, min(model.config.block_size, 1024, len(tokens) - 1)))
+    batches = data.val_batches(tokens, size.tokens, size.batch_size, SWITCH_WINDOWS)
+    routers = ("topk", "seqtopk", "online_seqtopk")
+    pairs = [(k, router) for k in (8, 4, 2) if k <= model.config.n_expert for router in routers]
+    require(bool(model.expert_layers()), "the model", "dense", "one with experts")
+    rows = []
+    for k, router in tqdm(pairs, unit="row", disable=None):
+        nats, bits, experts = text_loss(bench, with_k(model, k), tokenizer, batches, router)
+        sees = "" if ROUTERS[router].causal else " (sees the future)"
+        row = {"what": f"{folder.name}, K={k}, {router}{sees}", "nats/token": nats, "bits/byte": bits}
+        rows.append(row | {"experts per token": experts})
+    return rows
+
+
+def with_k(model: MoEGPT, k: int) -> MoEGPT:
+    """The same model, from now on with k experts per token on average, and the default bounds."""
+    changed = replace(model.config, k=k, min_experts=1, max_experts=None)
+    for module in (model, *model.expert_layers()):
+        module.config = changed
+    return model
+
+
+@torch.no_grad()
+def text_loss(bench: Bench, model: MoEGPT, tokenizer: AnyTokenizer, batches: list, router: str) -> tuple:
+    """Nats per token, bits per byte and experts per token of a text."""
+    nats, pairs, n_bytes, n_tokens = 0.0, 0.0, 0, 0
+    for x, y in batches:
+        _, loss, stats = model(x.to(bench.device), y.to(bench.device), router=router)
+        nats, n_tokens = nats + loss.item() * y.numel(), n_tokens + y.numel()
+        n_bytes += tokenizer.token_bytes[y].sum()
+        pairs += stats.experts.float().mean().item() * y.numel()
+    return nats / n_tokens, nats / math.log(2) / n_bytes, pairs / n_tokens
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
@@ -609,8 +789,11 @@ PARTS = {
     "decode": bench_decode,
     "cache": bench_cache,
     "peers": bench_peers,
-    "arithmetic": bench_arithmetic,  # needs a trained run, so it has to be asked for
+    "arithmetic": bench_arithmetic,
+    "gsm8k": bench_gsm8k,
+    "switch": bench_switch,
 }
+NEED_A_MODEL = ("arithmetic", "gsm8k", "switch")  # so they have to be asked for
 
 
 # -------------------- showing and keeping -----------------------------------------------------------------
@@ -724,7 +907,7 @@ def read_command(argv: list[str]) -> tuple[list[str], BenchConfig]:
     for path in filter(None, (config.json, config.plot)):  # now, and not when the minutes are spent
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         open(path, "a").close()
-    return named or [name for name in PARTS if name != "arithmetic"], config
+    return named or [name for name in PARTS if name not in NEED_A_MODEL], config
 
 
 def run_part(name: str, bench: Bench) -> list[dict]:

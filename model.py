@@ -1,6 +1,6 @@
 """A decoder-only Mixture-of-Experts language model of the OLMoE shape.
 
-Pre-norm RMSNorm, RoPE, SwiGLU experts, untied head.
+Pre-norm RMSNorm, RoPE, SwiGLU experts, untied head. Pretrained OLMoE, Qwen and Mixtral models open as well.
 
     B  sequences in the batch     C  model width (n_embd)              E  experts (n_expert)
     T  tokens in a sequence       H  hidden width of one expert        k  experts per token on average
@@ -12,15 +12,21 @@ expert -> two grouped matrix products -> back to the tokens, times the scores. N
 host: a router with a known budget gives every tensor a shape that does not depend on the data.
 """
 
+import importlib
+import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from router import ROUTERS, ExpertCache, Router, check_bounds, load_balance_loss, z_loss
 
@@ -34,18 +40,22 @@ class MoEConfig:
     n_layer: int = 4  # transformer blocks
     n_head: int = 4  # attention heads
     n_kv_head: int | None = None  # key and value heads, for grouped-query attention (none: n_head)
+    head_width: int | None = None  # width D of one attention head (none: n_embd / n_head)
     n_embd: int = 128  # model width C
     n_expert: int = 16  # experts E per layer (1: a dense model)
     k: int = 2  # experts per token on average: the budget
     n_hidden: int = 128  # hidden width H of one expert
     shared_hidden: int = 0  # hidden width of a shared expert that every token gets (0: none)
-    n_dense_layer: int = 0  # the first layers that have one dense MLP of width k*H in place of experts
+    shared_gate: bool = False  # the shared expert's output is scaled by a sigmoid gate of its own
+    n_dense_layer: int = 0  # the first layers that have one dense MLP in place of experts
+    dense_hidden: int | None = None  # hidden width of a dense MLP (none: k * n_hidden)
     router: str = "seqtopk"  # topk, batchtopk, seqtopk, online_seqtopk, expert_choice: rows of router.ROUTERS
     min_experts: int = 1  # no token gets fewer experts, under routers that take this
     max_experts: int | None = None  # no token gets more (none: k + 2, at most n_expert)
     strict: bool = True  # online_seqtopk never spends more than k experts per token of the past
     score_fn: str = "softmax"  # scores from the gate's logits: softmax or sigmoid
     norm_topk: bool = False  # weights of a token's chosen experts sum to 1
+    qkv_bias: bool = False  # a bias is added to queries, keys and values
     qk_norm: str = "none"  # RMSNorm on queries and keys: none, head (each by itself) or full (all at once)
     tie_embeddings: bool = False  # the output head shares the token embedding's weights
     rope_theta: float = 10000.0  # base of the rotary position embedding
@@ -65,11 +75,13 @@ class MoEConfig:
             ("qk_norm", ("none", "head", "full")),
         ):
             require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
-        require(
-            self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}"
-        )
-        require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, for RoPE")
-        require(self.kv_heads >= 1, "n_kv_head", self.kv_heads, "at least 1")
+        for name in ("n_kv_head", "head_width", "dense_hidden"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1, or none")
+        whole = self.head_width or self.n_embd % self.n_head == 0
+        require(whole, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        width = "head_width" if self.head_width else "n_embd / n_head"
+        require(self.head_dim % 2 == 0, width, self.head_dim, "even, for RoPE")
         require(
             self.n_head % self.kv_heads == 0,
             "n_kv_head",
@@ -82,11 +94,15 @@ class MoEConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.head_width is None else self.head_width
 
     @property
     def kv_heads(self) -> int:
         return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def dense_width(self) -> int:
+        return self.k * self.n_hidden if self.dense_hidden is None else self.dense_hidden
 
     def has_experts(self, layer: int) -> bool:
         return self.n_expert > 1 and layer >= self.n_dense_layer
@@ -233,8 +249,9 @@ class Attention(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.widths = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.qkv_bias)
+        self.out = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
         self.qk_norm = config.qk_norm
         if self.qk_norm != "none":
             q_heads, k_heads = (1, 1) if self.qk_norm == "head" else (self.n_head, self.n_kv_head)
@@ -242,9 +259,8 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(k_heads * self.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, context: Context, kv: KVCache | None) -> Tensor:
-        B, T, C = x.shape
-        widths = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
-        q, k, v = self.qkv(x).split(widths, dim=-1)
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).split(self.widths, dim=-1)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
@@ -260,7 +276,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.visible, is_causal=causal, enable_gqa=gqa
         )
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -359,6 +375,7 @@ class MoE(nn.Module):
         self.w_in = nn.Parameter(torch.empty(config.n_expert, config.n_embd, 2 * config.n_hidden))
         self.w_out = nn.Parameter(torch.empty(config.n_expert, config.n_hidden, config.n_embd))
         self.shared = MLP(config.n_embd, config.shared_hidden) if config.shared_hidden else None
+        self.shared_gate = nn.Linear(config.n_embd, 1, bias=False) if config.shared_gate else None
         self.register_buffer("bias", torch.zeros(config.n_expert))  # for selection: router.loss_free_update
 
     def forward(self, x: Tensor, context: Context, cache: ExpertCache | None) -> tuple[Tensor, Routing]:
@@ -380,7 +397,10 @@ class MoE(nn.Module):
         run = run_few_pairs if few else run_experts
         y = run(tokens, mask_s, weight_s, w_in, w_out, size).to(x.dtype).view(B, T, C)
         if self.shared is not None:
-            y = y + self.shared(x)
+            shared = self.shared(x)
+            if self.shared_gate is not None:
+                shared = shared * self.shared_gate(x).sigmoid()
+            y = y + shared
         return y, Routing(logits, scores, mask)
 
     @torch.no_grad()
@@ -410,8 +430,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
-        dense_hidden = config.k * config.n_hidden
-        self.mlp = MoE(config) if config.has_experts(layer) else MLP(config.n_embd, dense_hidden)
+        self.mlp = MoE(config) if config.has_experts(layer) else MLP(config.n_embd, config.dense_width)
 
     def forward(
         self, x: Tensor, context: Context, kv: KVCache | None, experts: ExpertCache | None
@@ -448,12 +467,17 @@ class MoEGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self._tie()
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() > 1:
                 to_residual = name.endswith(("attention.out.weight", "w_out", "w_out.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** 0.5 if to_residual else 0.02)
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     def forward(
         self,
@@ -556,12 +580,13 @@ class MoEGPT(nn.Module):
         the real tokens of prompts padded on the left to one length. temperature 0 takes the likeliest token;
         top_k and top_p as in sample_token, which says what ValueErrors it raises.
 
-        The cache (None: a new one of block_size tokens) is the window that the model sees. When it is full,
-        it is emptied and the newest half of the text is fed again, so that their routing begins anew; a
-        prompt that does not fit is cut to its newest max_tokens // 2 tokens.
+        The cache (None: a new one of what is needed, up to block_size) is the window that the model sees.
+        When it is full, it is emptied and the newest half of the text is fed again, so that their routing
+        begins anew; a prompt that does not fit is cut to its newest max_tokens // 2 tokens.
         """
         require(idx.shape[1] >= 1, "tokens in the prompt", idx.shape[1], "at least 1")
-        cache = cache or self.new_cache(len(idx))
+        needed = max(2, idx.shape[1] + max_new_tokens)
+        cache = cache or self.new_cache(len(idx), min(needed, self.config.block_size))
         text, real = idx, torch.ones_like(idx, dtype=torch.bool) if active is None else active
         half = cache.max_tokens // 2
         if idx.shape[1] > cache.max_tokens:
@@ -606,14 +631,14 @@ class MoEGPT(nn.Module):
         """Floating-point operations of one training step, per token of a sequence of `tokens`.
 
         Three times the forward's (arXiv 2204.02311, appendix B): 2 for each weight of a matrix product that
-        the token uses, and 4*C for each token that it could attend to, causality not discounted. MFU is
-        quoted in these.
+        the token uses, and 4*D per head for each token that it could attend to, causality not discounted.
+        MFU is quoted in these.
         """
         _, active = self.n_params()
         unmultiplied = sum(parameter.numel() for parameter in self.parameters() if parameter.dim() < 2)
         if not self.config.tie_embeddings:
             unmultiplied += self.embedding.weight.numel()
-        attention = 4 * self.config.n_layer * self.config.n_embd * tokens
+        attention = 4 * self.config.n_layer * self.config.n_head * self.config.head_dim * tokens
         return 3 * (2 * (active - unmultiplied) + attention)
 
     def cast(self, dtype: torch.dtype) -> "MoEGPT":
@@ -635,13 +660,56 @@ class MoEGPT(nn.Module):
         require(
             tied == old.tie_embeddings, "tie_embeddings", tied, f"{old.tie_embeddings} as in the checkpoint"
         )
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["model"].items()}
-        for name in [*shapes, *saved]:
-            here, there = shapes.get(name, "missing"), saved.get(name, "missing")
-            require(here == there, f"{name} in the checkpoint", there, f"{here} in this architecture")
+        check_shapes(model.state_dict(), checkpoint["model"], "the checkpoint")
         model.load_state_dict(checkpoint["model"])
         return model
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, device: str | torch.device = "cpu", **changes
+    ) -> "MoEGPT":
+        """The model of a Hugging Face folder, or of that name on the Hub, some fields of its config changed.
+
+        Its weights keep the dtype of the file's token embedding, but for the gates, which are float32; beyond
+        them, little memory is used. Raises ValueError for an architecture that model.py does not have, and
+        for files that are missing, damaged or do not fit.
+        """
+        folder = hf_folder(name_or_path)
+        config, family = read_config(folder)
+        with torch.device("meta"):
+            model = cls(replace(config, **changes))
+        paths, outlines = file_tensors(folder)
+        check_shapes(file_views(model, family), outlines, folder)
+        model.cast(outlines[family.names["embedding.weight"]].dtype).to_empty(device=device)
+        model._tie()
+        for layer in model.expert_layers():
+            layer.bias.zero_()
+        copy_tensors(paths, file_views(model, family))
+        return model
+
+    def save_pretrained(
+        self, path: str | Path, tokenizer: dict | None = None, shard_bytes: int = 2 * 2**30
+    ) -> None:
+        """Write a new folder that transformers opens, whole or not at all; its logits are those under topk.
+
+        tokenizer: its meta, for eos_token_id and, if it came from such a folder, tokenizer.json. Raises
+        ValueError if the folder exists, and for an architecture that none of FAMILIES has.
+        """
+        path, tokenizer = Path(path), tokenizer or {}
+        temporary, kind = path.with_name(path.name + ".tmp"), family_of(self.config)
+        require(not path.exists(), "path", path, "the name of a new folder")
+        biased = any(layer.bias.any() for layer in self.expert_layers())
+        require(not biased, "the bias for selection (bias_rate)", "in use", "0 to be saved for transformers")
+        said = config_json(self.config, kind, self.head.weight.dtype, tokenizer.get("eot"))
+        temporary.mkdir(parents=True)
+        try:
+            (temporary / "config.json").write_text(json.dumps(said, indent=2))
+            if tokenizer.get("kind") == "hf":
+                (temporary / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
+            write_tensors(temporary, file_views(self, FAMILIES[kind]), shard_bytes)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sample_token(
@@ -675,6 +743,15 @@ def sample_token(
 
 
 # -------------------- checkpoints -------------------------------------------------------------------------
+
+
+def check_shapes(here: dict[str, Tensor], there: dict[str, Tensor], where: str | Path) -> None:
+    """Raise ValueError unless the tensors at `there` are those that a model has here, in names and shapes."""
+    for name in [*here, *there]:
+        asked = tuple(here[name].shape) if name in here else "absent"
+        found = tuple(there[name].shape) if name in there else "missing"
+        require(asked == found, f"{name} in {where}", found, f"{asked} in this architecture")
+
 
 FORMAT = "seqtopk checkpoint 1"
 
@@ -716,3 +793,271 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if unknown:
         raise ValueError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     return checkpoint
+
+
+# -------------------- Hugging Face checkpoints ------------------------------------------------------------
+
+# Keys of config.json and the fields of MoEConfig that they set, as far as families agree.
+KEYS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "block_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "hidden_size": "n_embd",
+    "num_experts_per_tok": "k",
+    "tie_word_embeddings": "tie_embeddings",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "norm_eps",
+}
+MOE_KEYS = KEYS | {"num_experts": "n_expert", "norm_topk_prob": "norm_topk"}
+QWEN_KEYS = MOE_KEYS | {
+    "moe_intermediate_size": "n_hidden",
+    "intermediate_size": "dense_hidden",
+    "n_dense_layer": "n_dense_layer",
+}
+IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False}
+# What a config.json must say, unless it says nothing, of what MoEConfig has no field for.
+USUAL = {
+    "hidden_act": "silu",
+    "rope_type": "default",
+    "attention_bias": False,
+    "clip_qkv": None,
+    "sliding_window": None,
+    "decoder_sparse_step": 1,
+    "quant_method": None,
+}
+# Parameters here, and the tensors of a file that lie in them, one below the other.
+NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.qkv.weight": "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
+    "attention.qkv.bias": "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias",
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "attention.out.weight": "self_attn.o_proj.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate.weight",
+    "mlp.w_in": "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
+    "mlp.w_out": "mlp.experts.{}.down_proj.weight",
+    "mlp.shared.w_in.weight": "mlp.shared_expert.gate_proj.weight mlp.shared_expert.up_proj.weight",
+    "mlp.shared.w_out.weight": "mlp.shared_expert.down_proj.weight",
+    "mlp.shared_gate.weight": "mlp.shared_expert_gate.weight",
+    "mlp.w_in.weight": "mlp.gate_proj.weight mlp.up_proj.weight",
+    "mlp.w_out.weight": "mlp.down_proj.weight",
+}
+MIXTRAL_NAMES = NAMES | {
+    "mlp.gate.weight": "block_sparse_moe.gate.weight",
+    "mlp.w_in": "block_sparse_moe.experts.{}.w1.weight block_sparse_moe.experts.{}.w3.weight",
+    "mlp.w_out": "block_sparse_moe.experts.{}.w2.weight",
+}
+
+
+class Family(NamedTuple):
+    """How one architecture of transformers says what MoEConfig and MoEGPT say."""
+
+    keys: dict[str, str]
+    implied: dict[str, object]  # fields that config.json may leave out or has no key for
+    names: dict[str, str] = NAMES
+
+
+FAMILIES = {
+    "olmoe": Family(
+        MOE_KEYS | {"intermediate_size": "n_hidden"}, IMPLIED | {"qk_norm": "full", "norm_eps": 1e-5}
+    ),
+    "qwen2_moe": Family(
+        QWEN_KEYS | {"shared_expert_intermediate_size": "shared_hidden", "qkv_bias": "qkv_bias"},
+        IMPLIED | {"shared_gate": True, "qkv_bias": True, "norm_eps": 1e-6},
+    ),
+    "qwen3_moe": Family(
+        QWEN_KEYS | {"head_dim": "head_width"},
+        IMPLIED | {"qk_norm": "head", "head_width": None, "norm_eps": 1e-6},
+    ),
+    "mixtral": Family(
+        KEYS | {"num_local_experts": "n_expert", "intermediate_size": "n_hidden", "head_dim": "head_width"},
+        IMPLIED | {"norm_topk": True, "head_width": None, "rope_theta": 1e6, "norm_eps": 1e-5},
+        MIXTRAL_NAMES,
+    ),
+}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a file may have
+ROUTING = ("router", "min_experts", "max_experts", "strict")  # no part of a file: chosen when it is opened
+
+
+def pretrained_config(name_or_path: str | Path) -> MoEConfig:
+    """The architecture of a Hugging Face checkpoint, under topk. Errors as in MoEGPT.from_pretrained."""
+    return read_config(hf_folder(name_or_path))[0]
+
+
+def optional(package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        remedy = "pip install -r requirements-hf.txt"
+        raise ValueError(f"a Hugging Face checkpoint needs {package}: {remedy}") from None
+
+
+def hf_folder(name_or_path: str | Path) -> Path:
+    """The folder of that name, or else one with what is needed of the model of that name on the Hub."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    hub = optional("huggingface_hub")
+    files = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+    try:
+        return Path(hub.snapshot_download(str(name_or_path), allow_patterns=files))
+    except Exception as error:  # the library's errors are many, and long
+        raise ValueError(
+            f"{name_or_path} is no folder here, and could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}): check the name and the network, or give the folder of a copy"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: this is not a Hugging Face checkpoint") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+
+
+def read_config(folder: Path) -> tuple[MoEConfig, Family]:
+    """What the config.json of a folder says. Raises ValueError for what model.py cannot express."""
+    said, where = plain_config(read_json(folder / "config.json")), "in config.json"
+    kind = said.get("model_type")
+    require(kind in FAMILIES, f"model_type {where}", kind, "one of " + ", ".join(FAMILIES))
+    for key, usual in USUAL.items():
+        require(said.get(key, usual) == usual, f"{key} {where}", said.get(key), f"{usual}")
+    family = FAMILIES[kind]
+    values = family.implied | {field: said[key] for key, field in family.keys.items() if key in said}
+    for key, field in family.keys.items():
+        require(field in values, f"{key} {where}", "missing", "given")
+    require(values["n_expert"] >= 2, f"num_experts {where}", values["n_expert"], "at least 2")
+    return MoEConfig(router="topk", **values), family
+
+
+def plain_config(said: dict) -> dict:
+    """A config.json, without its nulls, in the words of KEYS and USUAL, whichever release wrote it."""
+    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    dense = said.get("mlp_only_layers") or []
+    first = sorted(dense) == list(range(len(dense)))
+    require(first, "mlp_only_layers in config.json", dense, "the first layers")
+    plain = said | (said.get("quantization_config") or {}) | rope
+    plain["rope_type"] = rope.get("rope_type", rope.get("type"))
+    plain["num_experts"] = plain["num_local_experts"] = said.get("num_experts", said.get("num_local_experts"))
+    plain["n_dense_layer"] = len(dense)
+    if not said.get("use_sliding_window", True):
+        plain["sliding_window"] = None
+    return {key: value for key, value in plain.items() if value is not None}
+
+
+def file_views(model: MoEGPT, family: Family) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's files: its name there, and the view of the weights here that it is."""
+    views = {}
+    for name, parameter in model.named_parameters():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        prefix = f"model.layers.{block[1]}." if block else ""
+        theirs = family.names[name.removeprefix(block[0]) if block else name].split()
+        weight = parameter.detach()
+        for expert, matrix in enumerate(weight.mT if weight.dim() == 3 else [weight]):
+            heights = model.blocks[0].attention.widths if len(theirs) == 3 else len(matrix) // len(theirs)
+            for their, rows in zip(theirs, matrix.split(heights), strict=True):
+                views[prefix + their.format(expert)] = rows
+    return views
+
+
+def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
+    """Every tensor of a checkpoint that has elements: the file that it is in, and itself on the meta device.
+
+    Raises ValueError for a file that is missing or damaged, and for a dtype that is not one of DTYPES.
+    """
+    safetensors, paths, outlines = optional("safetensors"), {}, {}
+    index = folder / "model.safetensors.index.json"
+    shards = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
+    for path in sorted(folder / shard for shard in shards):
+        if not path.is_file():
+            remedy = "fetch it, or, if the folder has .bin files, save it anew with transformers"
+            raise ValueError(f"{path.name} is missing in {folder}: {remedy}")
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                found = {name: outline(file, name) for name in file.offset_keys()}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+        found = {name: tensor for name, tensor in found.items() if tensor.numel()}
+        outlines, paths = outlines | found, paths | dict.fromkeys(found, path)
+    return paths, outlines
+
+
+def outline(file, name: str) -> Tensor:
+    """A tensor of an open safetensors file on the meta device."""
+    stored = file.get_slice(name)
+    dtype = stored.get_dtype()
+    require(dtype in DTYPES, f"the dtype of {name}", dtype, "one of " + ", ".join(DTYPES))
+    return torch.empty(stored.get_shape(), dtype=DTYPES[dtype], device="meta")
+
+
+def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
+    """Read the tensors of file_tensors into the views of file_views.
+
+    A file stays open for 16 tensors: until it is closed, the pages that were read count as memory.
+    """
+    opened = None
+    bar = tqdm(paths.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
+    for number, (name, path) in enumerate(bar):
+        if number % 16 == 0 or path != opened:
+            file, opened = optional("safetensors").safe_open(path, "pt"), path
+        views[name].copy_(file.get_tensor(name))
+
+
+def family_of(config: MoEConfig) -> str:
+    """The first of FAMILIES that can express a config. Raises ValueError naming a field that none can."""
+    require(config.n_expert >= 2, "n_expert", config.n_expert, "at least 2 to be saved for transformers")
+    unlike = {name: unlike_fields(config, family) for name, family in FAMILIES.items()}
+    name = min(unlike, key=lambda name: len(unlike[name]))
+    for field, value in unlike[name].items():
+        here = getattr(config, field)
+        require(here == value, field, here, f"{value} to be saved as {name}, the nearest family")
+    return name
+
+
+def unlike_fields(config: MoEConfig, family: Family) -> dict[str, object]:
+    """The fields whose value a family has no key for, each with the value that it always has there."""
+    said = {*family.keys.values(), *ROUTING}
+    always = {field: v for field, v in (asdict(MoEConfig()) | family.implied).items() if field not in said}
+    return {field: value for field, value in always.items() if getattr(config, field) != value}
+
+
+def config_json(config: MoEConfig, kind: str, dtype: torch.dtype, eot: int | None) -> dict:
+    """What config.json says of a config, in words that old and new releases of transformers read."""
+    widths = {"head_width": config.head_dim, "dense_hidden": config.dense_width}
+    values = asdict(config) | widths | {"n_kv_head": config.kv_heads}
+    said = {key: values[field] for key, field in FAMILIES[kind].keys.items()}
+    return said | {
+        "model_type": kind,
+        "architectures": ["".join(word.capitalize() for word in kind.split("_")) + "ForCausalLM"],
+        "mlp_only_layers": list(range(said.pop("n_dense_layer", 0))),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": None,
+        "eos_token_id": eot,
+        "pad_token_id": None,
+    }
+
+
+def write_tensors(folder: Path, views: dict[str, Tensor], shard_bytes: int) -> None:
+    """Write tensors into files of about shard_bytes each, and an index if they are several."""
+    save_file, contiguous = optional("safetensors.torch").save_file, torch.contiguous_format
+    shards, total = {}, 0
+    for name, tensor in views.items():
+        shards.setdefault(total // shard_bytes, []).append(name)
+        total += tensor.nbytes
+    places = {}
+    for number, names in enumerate(shards.values(), start=1):
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"model{part}.safetensors"
+        copies = (views[name].cpu().clone(memory_format=contiguous) for name in names)
+        save_file(dict(zip(names, copies, strict=True)), folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -1,6 +1,7 @@
-"""Write text with a trained run, token by token, from its KV cache and Expert Cache.
+"""Write text with a trained run or a pretrained model, token by token, from its KV cache and Expert Cache.
 
     python sample.py --out_dir=out/tiny_seqtopk --prompt="def main(" --show_experts
+    python sample.py --init_from=allenai/OLMoE-1B-7B-0924 --router=online_seqtopk --prompt="Bitcoin is"
 
 Text may grow past the run's block_size: whenever the caches are full they are emptied, the newest half of
 block_size is fed again, its experts chosen anew, and writing goes on. A longer prompt is cut to that half.
@@ -21,7 +22,7 @@ import torch
 
 from config import bad_input_exits, parse
 from config.device import pick_device, pick_dtype
-from data import Tokenizer
+from data import AnyTokenizer, hf_tokenizer, make_tokenizer
 from model import TEMPERATURE, TOP_P, Cache, Chunk, MoEConfig, MoEGPT, load_checkpoint, require, sample_token
 
 # Background and text colours (of a terminal's 256) of tokens with fewer experts than k, about k, and more.
@@ -35,6 +36,7 @@ class SampleConfig:
     """What to write, and which run writes it."""
 
     out_dir: str = "out/tiny_seqtopk"  # folder of the run
+    init_from: str | None = None  # instead of a run, a Hugging Face model: its folder, or its name on the Hub
     checkpoint: str = "best"  # best (lowest causal validation loss) or last
     prompt: str | None = None  # text, FILE:path or - (standard input); not given: a new document
     router: str | None = None  # any causal one; none: the one that stands in for the run's own in decoding
@@ -45,7 +47,7 @@ class SampleConfig:
     top_p: float | None = TOP_P  # draw from the likeliest tokens that hold this much probability
     seed: int = 1337  # same seed, same text
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
-    dtype: str = "auto"  # auto, float32, bfloat16 or float16
+    dtype: str = "auto"  # auto (a Hugging Face model's own), float32, bfloat16 or float16
     show_experts: bool = False  # colour each token by its experts, as the mean over layers
 
     def __post_init__(self) -> None:
@@ -67,18 +69,18 @@ class Tally:
 
 
 def main(argv: list[str]) -> None:
-    """Load a run, write samples to stdout, sum up. Raises ValueError or OSError for bad input."""
+    """Load a model, write samples to stdout, sum up. Raises ValueError or OSError for bad input."""
     config = SampleConfig(**parse(argv, SampleConfig)[0])
     device, _ = pick_device(config.device)
-    dtype, _ = pick_dtype(config.dtype, device)
-    checkpoint, path = load_run(Path(config.out_dir), config.checkpoint)
-    tokenizer = Tokenizer(checkpoint.get("tokenizer"))
+    checkpoint, source = (None, config.init_from) if config.init_from else load_run(config)
+    tokenizer = make_tokenizer(checkpoint.get("tokenizer")) if checkpoint else hf_tokenizer(source)
     prompt = encode_prompt(config.prompt, tokenizer)
-    model = MoEGPT.from_checkpoint(checkpoint).to(device).cast(dtype)
-    cache = model.new_cache(1, router=config.router)
+    model = open_model(checkpoint, config, device)
+    needed = len(prompt) + config.max_new_tokens
+    cache = model.new_cache(1, min(needed, model.config.block_size), config.router)
     show = painter(model.config) if config.show_experts else lambda text, experts: text
-    print(f"{path}: {describe(model, cache.router)}")
-    if len(prompt) + config.max_new_tokens > cache.max_tokens:
+    print(f"{source}: {describe(model, cache.router)}")
+    if needed > cache.max_tokens:
         print(window_note(cache.max_tokens))
     if config.show_experts:
         print(legend(model.config.k))
@@ -90,8 +92,9 @@ def main(argv: list[str]) -> None:
     print("\n" + summary(tally, cache))
 
 
-def load_run(out_dir: Path, which: str) -> tuple[dict, Path]:
+def load_run(config: SampleConfig) -> tuple[dict, Path]:
     """The best or last checkpoint of a run, and its path; the last, with a note, where there is no best."""
+    out_dir, which = Path(config.out_dir), config.checkpoint
     if not out_dir.is_dir():
         raise ValueError(f"no run at {out_dir}: give the out_dir that train.py wrote to as --out_dir")
     path = out_dir / f"{which}.pt"
@@ -101,13 +104,22 @@ def load_run(out_dir: Path, which: str) -> tuple[dict, Path]:
     return load_checkpoint(path), path
 
 
-def encode_prompt(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of the prompt; without one, of end-of-text, after which a document begins.
+def open_model(checkpoint: dict | None, config: SampleConfig, device: torch.device) -> MoEGPT:
+    """The model of a run's checkpoint, or else of init_from, in the dtype that was asked for."""
+    dtype, _ = pick_dtype(config.dtype, device)
+    if checkpoint is not None:
+        return MoEGPT.from_checkpoint(checkpoint).to(device).cast(dtype)
+    model = MoEGPT.from_pretrained(config.init_from, device)
+    return model if config.dtype == "auto" else model.cast(dtype)
+
+
+def encode_prompt(prompt: str | None, tokenizer: AnyTokenizer) -> list[int]:
+    """Token ids of the prompt; without one, what a document begins after: the tokenizer's start, or eot.
 
     Raises ValueError for a prompt that is empty, cannot be read, or has characters that the tokenizer lacks.
     """
     if prompt is None:
-        return [tokenizer.eot]
+        return [*tokenizer.start] or [tokenizer.eot]
     text = read_prompt(prompt)
     if not text:
         raise ValueError("the prompt is empty: give --prompt=TEXT, --prompt=FILE:path, or standard input")
@@ -143,7 +155,7 @@ def streams(
 
 
 def write(
-    chunks: Iterable[Chunk], tokenizer: Tokenizer, show: Callable[[str, float], str], tally: Tally
+    chunks: Iterable[Chunk], tokenizer: AnyTokenizer, show: Callable[[str, float], str], tally: Tally
 ) -> None:
     """Print the tokens as they come. A character made of several tokens is printed with the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -178,7 +190,7 @@ def legend(k: int) -> str:
 def painter(config: MoEConfig) -> Callable[[str, float], str]:
     """The function that colours a token's text by its experts. Raises ValueError for a dense model."""
     if not any(map(config.has_experts, range(config.n_layer))):
-        raise ValueError("show_experts is true, but this run is a dense model: it has no experts to show")
+        raise ValueError("show_experts is true, but this is a dense model: it has no experts to show")
     cuts = colour_cuts(config.k)
     return lambda text, experts: paint(text, COLOURS[bisect_right(cuts, experts)])
 

@@ -4,6 +4,7 @@
     python train.py config/small_seqtopk.py --k=4 --max_iters=2000
     python train.py --init_from=resume --out_dir=out/tiny_seqtopk
     python train.py --init_from=out/small_topk --router=seqtopk --max_iters=100 --warmup_iters=10
+    python train.py config/finetune_olmoe_gsm8k.py
 
 Each evaluation prints two validation losses. The first is causal: the router's `decode` stand-in routes,
 which sees no future token, as when sampling; it is the likelihood of the text. The second is under the router
@@ -19,16 +20,18 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import data
 from config import bad_input_exits, parse
-from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
-from model import MoEConfig, MoEGPT, Stats, load_checkpoint, require, save_checkpoint
+from config.device import DTYPES, keep_freed_memory, pick_compile, pick_device, pick_dtype
+from model import MoEConfig, MoEGPT, Stats, load_checkpoint, pretrained_config, require, save_checkpoint
 from router import ROUTERS, loss_free_update
 
 
@@ -37,7 +40,8 @@ class TrainConfig(MoEConfig):
     """Training: data, optimiser, device and reports. Raises ValueError for impossible values."""
 
     out_dir: str = ""  # folder of the run (empty: out/<name of the config file>)
-    init_from: str = "scratch"  # scratch, resume (the run in out_dir), or a run or checkpoint to fine-tune
+    init_from: str = "scratch"  # scratch, resume (out_dir), a run, a checkpoint or a Hugging Face model
+    train_only: str = "all"  # all, or router: the gates alone learn, which takes far less memory
     dataset: str = "pysource"  # a folder of data/, prepared if need be, or the path of one
     batch_size: int = 16  # sequences in a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches in an iteration
@@ -58,7 +62,9 @@ class TrainConfig(MoEConfig):
     log_interval: int = 10  # iterations between lines of log.jsonl and checks for NaN
     sample_tokens: int = 150  # length of the sample printed at the end
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
-    dtype: str = "auto"  # auto, float32, bfloat16 or float16; weights are always float32
+    dtype: str = "auto"  # auto, float32, bfloat16 or float16, to compute in
+    weights_dtype: str = "float32"  # or bfloat16, rounded at random: weights and AdamW in half the memory
+    checkpoint_activations: bool = False  # each block is computed again going backward: saves memory
     compile: str = "auto"  # torch.compile: auto, true or false
     seed: int = 1337  # of the weights and the order of the data
 
@@ -84,6 +90,10 @@ class TrainConfig(MoEConfig):
         end = self.lr_decay_iters
         require(end is None or end >= 1, "lr_decay_iters", end, "at least 1, or none")
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
+        for name, allowed in (("train_only", ("all", "router")), ("weights_dtype", ("float32", "bfloat16"))):
+            require(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(allowed))
+        routed = any(map(self.has_experts, range(self.n_layer)))
+        require(routed or self.train_only == "all", "train_only", "router", "all in a dense model")
 
     @property
     def tokens_per_iter(self) -> int:
@@ -94,6 +104,7 @@ class TrainConfig(MoEConfig):
 ROUTING = {"router", "k", "min_experts", "max_experts", "strict"}
 ARCHITECTURE = [field.name for field in fields(MoEConfig) if field.name not in {*ROUTING, "block_size"}]
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
+OPTIMIZER = ["train_only", "weights_dtype"]  # what decides its state
 
 
 def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
@@ -110,7 +121,11 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
         checkpoint = load_checkpoint(Path(given["out_dir"]) / "last.pt")
         if "train_config" not in checkpoint:
             raise ValueError(f"{given['out_dir']}/last.pt holds no run to resume: train.py did not write it")
-        old, fixed = checkpoint["train_config"], ARCHITECTURE + DATA_ORDER
+        old, fixed = checkpoint["train_config"], ARCHITECTURE + DATA_ORDER + OPTIMIZER
+    elif data.is_hugging_face(init_from):
+        checkpoint = {"config": asdict(pretrained_config(init_from))}
+        checkpoint["tokenizer"] = data.hf_tokenizer(init_from).meta
+        old, fixed = checkpoint["config"], ARCHITECTURE
     else:
         path = Path(init_from)
         path = path / "best.pt" if path.is_dir() else path
@@ -118,6 +133,7 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
         if "tokenizer" not in checkpoint:
             raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
         old, fixed = checkpoint["config"], ARCHITECTURE
+    old = asdict(TrainConfig()) | old  # settings younger than the checkpoint
     changed = [name for name in fixed if given.get(name, old[name]) != old[name]]
     if changed:
         difference = ", ".join(f"{name} is {old[name]} there and {given[name]} here" for name in changed)
@@ -131,20 +147,22 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
     """The data, and the configuration with its vocabulary filled in. Raises ValueError if they do not fit."""
     dataset = data.load(config.dataset)
     tokenizer = dataset.tokenizer
-    if checkpoint and data.Tokenizer(checkpoint["tokenizer"]).fingerprint != tokenizer.fingerprint:
+    if checkpoint and data.make_tokenizer(checkpoint["tokenizer"]).fingerprint != tokenizer.fingerprint:
+        theirs = checkpoint["tokenizer"]["name"] if checkpoint["tokenizer"]["kind"] == "hf" else "..."
         raise ValueError(
             f"dataset {config.dataset} has another vocabulary than the checkpoint: prepare it with the "
-            "checkpoint's (data/textfile/prepare.py --tokenizer=...), or start from scratch"
+            f"checkpoint's (prepare.py --tokenizer={theirs}), or start from scratch"
         )
     if config.init_from == "resume" and checkpoint["source_sha256"] != dataset.meta["source_sha256"]:
         raise ValueError(
             f"dataset {config.dataset} was prepared anew since the run began: start from scratch"
         )
-    right = config.vocab_size in (0, tokenizer.vocab_size)
+    padded = checkpoint and config.vocab_size > tokenizer.vocab_size  # pretrained embeddings often are
+    right = padded or config.vocab_size in (0, tokenizer.vocab_size)
     require(right, "vocab_size", config.vocab_size, f"0 or the data's {tokenizer.vocab_size}")
-    config = replace(config, vocab_size=tokenizer.vocab_size)
-    data.train_batch(dataset.train, 0, 1, config.block_size, config.seed)  # raises if the text is too short
-    data.val_batches(dataset.val, config.block_size, 1, 1)
+    config = replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size)
+    dataset.train_batch(0, 1, config.block_size, config.seed)  # raises if the text is too short
+    dataset.val_batches(config.block_size, 1, 1)
     return config, dataset
 
 
@@ -209,9 +227,7 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    shape = {field.name: getattr(config, field.name) for field in fields(MoEConfig)}
-    model = MoEGPT.from_checkpoint(checkpoint, **shape) if checkpoint else MoEGPT(MoEConfig(**shape))
-    model = model.to(device)
+    model = make_model(config, checkpoint).to(device)
     print(f"device    {device} ({device_reason})")
     print(f"dtype     {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     print(f"compile   {compiled} ({compile_reason})")
@@ -224,15 +240,90 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     return run
 
 
+def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
+    """The model in weights_dtype (gates are float32 in any case), what is not to learn frozen."""
+    shape = {field.name: getattr(config, field.name) for field in fields(MoEConfig)}
+    if checkpoint is None:
+        model = MoEGPT(MoEConfig(**shape))
+    elif "model" in checkpoint:
+        model = MoEGPT.from_checkpoint(checkpoint, **shape)
+    else:
+        model = MoEGPT.from_pretrained(config.init_from, **shape)
+    model.cast(DTYPES[config.weights_dtype])
+    if config.train_only == "router":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".gate." in name)
+    if config.checkpoint_activations:
+        for block in model.blocks:  # nothing in a block is drawn at random, so no random state to restore
+            block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return model
+
+
 def make_optimizer(model: MoEGPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW in one fused pass (arXiv 1711.05101); matrices decay, vectors do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    """AdamW (arXiv 1711.05101), in one fused pass for float32; matrices decay, vectors do not."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    if config.weights_dtype == "bfloat16":
+        return RoundingAdamW(groups, **options, seed=config.seed)
+    return torch.optim.AdamW(groups, **options, fused=True)
+
+
+class RoundingAdamW(torch.optim.Optimizer):
+    """AdamW whose moments have the dtype of their weight. What is bfloat16 is rounded at random, so that
+    updates far below its spacing, 1/256 to 1/128 of a weight, add up as they should.
+
+    It computes in float32, in pieces that need little memory. The random numbers of a step are a function of
+    `seed` and the step, so there is no random state to keep.
+    """
+
+    PIECE = 2**24  # elements
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], seed: int, eps: float = 1e-8):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "seed": seed, "step": 0}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Change the weights that have a gradient."""
+        for group in self.param_groups:
+            group["step"] += 1
+            for number, weight in enumerate(group["params"]):
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state |= {"mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
+                seed = hash((group["seed"], group["step"], number, weight.dim()))
+                draw = torch.Generator(weight.device).manual_seed(seed)
+                whole = weight, state["mean"], state["square"], weight.grad
+                for piece in zip(*(tensor.view(-1).split(self.PIECE) for tensor in whole)):
+                    self._update(*piece, group, draw)
+
+    @staticmethod
+    def _update(weight, mean, square, grad, group: dict, draw: torch.Generator) -> None:
+        """One step for (n,) tensors, of which the first three are changed."""
+        w, m, v, g = (tensor.float() for tensor in (weight, mean, square, grad))
+        (beta1, beta2), lr, n = group["betas"], group["lr"], group["step"]
+        m = m.lerp(g, 1 - beta1)
+        v = (v * beta2).addcmul_(g, g, value=1 - beta2)
+        scale = (v / (1 - beta2**n)).sqrt_().add_(group["eps"])
+        w = (w * (1 - lr * group["weight_decay"])).addcdiv_(m, scale, value=-lr / (1 - beta1**n))
+        for target, value in ((weight, w), (mean, m), (square, v)):
+            target.copy_(round_at_random(value, draw) if target.dtype == torch.bfloat16 else value)
+
+
+def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 -> bfloat16, up or down with the probability that makes the mean of the result x.
+
+    bfloat16 is the upper half of the bits of float32: a random lower half is added, and carries into it.
+    """
+    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
 
 
 def compile_or_explain(run: Run) -> MoEGPT:
@@ -267,7 +358,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def batch(run: Run, micro_step: int) -> list[Tensor]:
     """Inputs and targets (batch_size, block_size) of a micro-batch, on the device."""
     config = run.config
-    pair = data.train_batch(run.dataset.train, micro_step, config.batch_size, config.block_size, config.seed)
+    pair = run.dataset.train_batch(micro_step, config.batch_size, config.block_size, config.seed)
     if run.device.type == "cuda":
         return [x.pin_memory().to(run.device, non_blocking=True) for x in pair]
     return [x.to(run.device) for x in pair]
@@ -291,7 +382,7 @@ def train_step(run: Run) -> Tensor:
     mean_loss, load = 0.0, 0
     for micro_step in range(run.step * n, (run.step + 1) * n):
         total, loss, stats = losses(run, *batch(run, micro_step))
-        run.scaler.scale(total / n).backward()
+        run.scaler.scale(total / n).backward()  # all count alike, however many answers they hold
         mean_loss, load = mean_loss + loss / n, load + stats.load
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
@@ -322,11 +413,12 @@ def evaluate(run: Run, router: str) -> dict:
     n_bytes = torch.from_numpy(run.dataset.tokenizer.token_bytes)
     nats = tokens = text_bytes = load = 0
     experts = []
-    for x, y in data.val_batches(run.dataset.val, config.block_size, config.batch_size, config.eval_windows):
+    for x, y in run.dataset.val_batches(config.block_size, config.batch_size, config.eval_windows):
         with run.autocast():
             _, loss, stats = run.model(x.to(run.device), y.to(run.device), router=router)
-        nats, tokens = nats + loss.double() * y.numel(), tokens + y.numel()
-        text_bytes += n_bytes[y].sum().item()
+        learned = y[y >= 0]
+        nats, tokens = nats + loss.double() * learned.numel(), tokens + learned.numel()
+        text_bytes += n_bytes[learned].sum().item()
         load = load + stats.load
         experts.append(stats.experts.flatten())
     result = {"loss": (nats / tokens).item(), "bpb": (nats / text_bytes / math.log(2)).item()}

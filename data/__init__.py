@@ -1,7 +1,8 @@
 """Datasets: files of token ids made by data/<name>/prepare.py, and the loader that cuts batches from them.
 
-A dataset is a folder with train.bin and val.bin (uint16 ids, every document followed by end-of-text) and
-meta.json (the tokenizer, sizes, where the text came from).
+A dataset is a folder with train.bin and val.bin (uint16 ids, uint32 where the vocabulary is larger, every
+document followed by end-of-text) and meta.json (the tokenizer, sizes, where the text came from). Where only
+answers are learned, train_learn.bin and val_learn.bin say which tokens those are (data/answers.py).
 """
 
 import functools
@@ -19,13 +20,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.tokenizer import MAX_VOCAB, Tokenizer, gpt2_tokenizer, pieces, train_bpe
+from data.answers import Answers, pack, train_windows
+from data.tokenizer import (
+    AnyTokenizer,
+    Tokenizer,
+    gpt2_tokenizer,
+    hf_tokenizer,
+    is_hugging_face,
+    make_tokenizer,
+    pieces,
+    train_bpe,
+)
 
 __all__ = [
+    "AnyTokenizer",
     "Dataset",
     "Tokenizer",
     "gpt2_tokenizer",
+    "hf_tokenizer",
+    "is_hugging_face",
     "load",
+    "make_tokenizer",
     "train_batch",
     "train_bpe",
     "val_batches",
@@ -34,18 +49,31 @@ __all__ = [
 
 HOME = Path(__file__).parent
 PIECES_AT_ONCE = 256
+SPLITS = ("train", "val")
+DTYPES = {"uint16": "<u2", "uint32": "<u4"}  # of token ids in files
 Document = str | np.ndarray | list[int]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """`train` and `val`: (n,) uint16 memory maps of token ids; `meta`: what meta.json in `folder` says."""
+    """`train` and `val`: (n,) memory maps of token ids; `meta`: what meta.json in `folder` says.
+
+    `train_answers` and `val_answers`: what is learned of them, None for all.
+    """
 
     train: np.ndarray
     val: np.ndarray
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     meta: dict
     folder: Path
+    train_answers: Answers | None = None
+    val_answers: Answers | None = None
+
+    def train_batch(self, step: int, batch_size: int, block_size: int, seed: int):
+        return train_batch(self.train, step, batch_size, block_size, seed, self.train_answers)
+
+    def val_batches(self, block_size: int, batch_size: int, n_windows: int):
+        return val_batches(self.val, block_size, batch_size, n_windows, self.val_answers)
 
 
 def load(dataset: str) -> Dataset:
@@ -59,72 +87,75 @@ def load(dataset: str) -> Dataset:
     if missing := _missing(folder):
         raise ValueError(f"{folder} has no {missing}; {_remedy(folder)}")
     meta = _read_meta(folder)
-    tokenizer = Tokenizer(meta["tokenizer"])
+    tokenizer = make_tokenizer(meta["tokenizer"])
     for name, size in meta["files"].items():
         if (found := (folder / name).stat().st_size) != size:
             raise ValueError(f"{folder / name} has {found} bytes and not {size}; {_remedy(folder)}")
-    train, val = (_open_tokens(folder / f"{split}.bin", tokenizer.vocab_size) for split in ("train", "val"))
-    return Dataset(train, val, tokenizer, meta, folder)
+    train, val = (_open_tokens(folder / f"{split}.bin", meta, tokenizer.vocab_size) for split in SPLITS)
+    answers = (_open_answers(folder / f"{split}_learn.bin", meta) for split in SPLITS)
+    return Dataset(train, val, tokenizer, meta, folder, *answers)
 
 
 def train_batch(
-    tokens: np.ndarray, step: int, batch_size: int, block_size: int, seed: int
+    tokens: np.ndarray, step: int, batch_size: int, block_size: int, seed: int, answers: Answers | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs x and targets y, (batch_size, block_size) int64, of training step `step` (0, 1, ...).
 
     A pure function of its arguments: resuming needs only the step, and nothing else can shift the data. An
     epoch visits the windows of one tiling of `tokens` once each, in random order; each epoch has its own
-    tiling (random first token) and order. A batch may straddle epochs. ValueError: fewer tokens than one
-    window.
+    tiling (random first token) and order. A batch may straddle epochs. With `answers`, windows are those of
+    data/answers.py, and y is -1 where nothing is learned. ValueError: fewer tokens than one window.
     """
-    per_epoch = _windows_per_epoch(len(tokens), block_size)
     samples = range(step * batch_size, (step + 1) * batch_size)
+    if answers:
+        return answers.rows(tokens, train_windows(answers, samples, block_size, seed), block_size)
+    per_epoch = _windows_per_epoch(len(tokens), block_size)
     starts = [_epoch_starts(len(tokens), block_size, seed, n // per_epoch)[n % per_epoch] for n in samples]
     return _windows(tokens, starts, block_size)
 
 
 def val_batches(
-    tokens: np.ndarray, block_size: int, batch_size: int, n_windows: int
+    tokens: np.ndarray, block_size: int, batch_size: int, n_windows: int, answers: Answers | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The same `n_windows` windows each time, never overlapping, spread evenly over `tokens`; all if fewer.
 
-    Returns (x, y) pairs, (batch_size, block_size) int64; the last may have fewer rows. ValueError: fewer
-    tokens than one window.
+    Returns (x, y) pairs, (batch_size, block_size) int64, as in train_batch; the last may have fewer rows.
+    ValueError: fewer tokens than one window.
     """
-    available = _whole_windows(len(tokens), block_size)
-    count = min(n_windows, available)
-    starts = [i * available // count * block_size for i in range(count)]
-    return [_windows(tokens, starts[i : i + batch_size], block_size) for i in range(0, count, batch_size)]
+    windows = pack(answers, block_size) if answers else range(_whole_windows(len(tokens), block_size))
+    count = min(n_windows, len(windows))
+    chosen = [windows[i * len(windows) // count] for i in range(count)]
+    batches = [chosen[i : i + batch_size] for i in range(0, count, batch_size)]
+    if answers:
+        return [answers.rows(tokens, batch, block_size) for batch in batches]
+    return [_windows(tokens, [i * block_size for i in batch], block_size) for batch in batches]
 
 
 def write_dataset(
     folder: Path | str,
     train_docs: Iterable[Document],
     val_docs: Iterable[Document],
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     source_sha256: str,
-    files: dict[str, str] | None = None,
+    files: dict[str, str | bytes] | None = None,
     **meta,
 ) -> dict:
     """Write a dataset and return what its meta.json says. Documents are texts or token ids (1-D).
 
-    `files`: name -> text of further files that belong to the dataset; `meta`: further entries of meta.json.
+    `files`: name -> content of further files of the dataset; `meta`: further entries of meta.json.
     Everything is written beside the old dataset first: if that fails, the old one stays whole.
-    ValueError: an id or a character that the tokenizer lacks, an empty split, more than 65,536 tokens.
+    ValueError: an id or a character that the tokenizer lacks, an empty split.
     """
-    if tokenizer.vocab_size > MAX_VOCAB:
-        raise ValueError(
-            f"the vocabulary has {tokenizer.vocab_size} tokens; at most {MAX_VOCAB} can be stored"
-        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"vocab_size": tokenizer.vocab_size, "source_sha256": source_sha256, **meta}
+    about["dtype"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
         new = Path(temporary)
         for split, docs in (("train", train_docs), ("val", val_docs)):
-            about[split] = _write_tokens(new / f"{split}.bin", docs, tokenizer)
-        for name, text in (files or {}).items():
-            (new / name).write_text(text, encoding="utf-8", newline="\n")
+            about[split] = _write_tokens(new / f"{split}.bin", docs, tokenizer, DTYPES[about["dtype"]])
+        for name, content in (files or {}).items():
+            (new / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         about["files"] = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
         about["tokenizer"] = tokenizer.meta
         (new / "meta.json").write_text(json.dumps(about), encoding="utf-8")
@@ -162,13 +193,17 @@ def _remedy(folder: Path) -> str:
     return f"make it again: python data/{folder.name}/prepare.py" if known else "prepare it again"
 
 
-def _open_tokens(path: Path, vocab_size: int) -> np.ndarray:
+def _open_tokens(path: Path, meta: dict, vocab_size: int) -> np.ndarray:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; {_remedy(path.parent)}")
-    tokens = np.memmap(path, dtype="<u2", mode="r")
+    tokens = np.memmap(path, dtype=DTYPES[meta.get("dtype", "uint16")], mode="r")
     if (largest := int(tokens.max())) >= vocab_size:
         raise ValueError(f"{path} holds token id {largest}; its tokenizer has ids 0..{vocab_size - 1} only")
     return tokens
+
+
+def _open_answers(path: Path, meta: dict) -> Answers | None:
+    return Answers(np.fromfile(path, np.uint8)) if path.name in meta["files"] else None
 
 
 def _whole_windows(n_tokens: int, block_size: int) -> int:
@@ -200,7 +235,9 @@ def _windows(tokens: np.ndarray, starts: list[int], block_size: int) -> tuple[to
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def _write_tokens(path: Path, docs: Iterable[Document], tokenizer: Tokenizer) -> dict[str, int]:
+def _write_tokens(
+    path: Path, docs: Iterable[Document], tokenizer: AnyTokenizer, dtype: str
+) -> dict[str, int]:
     counts = {"documents": 0, "tokens": 0, "bytes": 0}
     total = sum(map(len, docs)) if isinstance(docs, list) else None
     with (
@@ -208,7 +245,7 @@ def _write_tokens(path: Path, docs: Iterable[Document], tokenizer: Tokenizer) ->
         tqdm(desc=path.stem, total=total, unit="", unit_scale=True, disable=None) as bar,
     ):
         for length, ids in _encoded(docs, tokenizer):
-            file.write(ids.astype("<u2").tobytes())
+            file.write(ids.astype(dtype).tobytes())
             counts["documents"] += length is None
             counts["tokens"] += len(ids)
             counts["bytes"] += int(tokenizer.token_bytes[ids].sum())
@@ -218,22 +255,22 @@ def _write_tokens(path: Path, docs: Iterable[Document], tokenizer: Tokenizer) ->
     return counts
 
 
-def _encoded(docs: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[int | None, np.ndarray]]:
+def _encoded(docs: Iterable[Document], tokenizer: AnyTokenizer) -> Iterator[tuple[int | None, np.ndarray]]:
     """(length, ids) of the pieces of all documents in order; length None marks the end of a document."""
-    parts = _parts(docs)
+    parts = _parts(docs, tokenizer)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while batch := list(itertools.islice(parts, PIECES_AT_ONCE)):
             lengths = [None if part is None else len(part) for part in batch]
             yield from zip(lengths, pool.map(functools.partial(_ids, tokenizer), batch), strict=True)
 
 
-def _parts(docs: Iterable[Document]) -> Iterator[Document | None]:
+def _parts(docs: Iterable[Document], tokenizer: AnyTokenizer) -> Iterator[Document | None]:
     for doc in docs:
-        yield from pieces(doc) if isinstance(doc, str) else [doc]
+        yield from [tokenizer.start, *pieces(doc)] if isinstance(doc, str) else [doc]
         yield None
 
 
-def _ids(tokenizer: Tokenizer, part: Document | None) -> np.ndarray:
+def _ids(tokenizer: AnyTokenizer, part: Document | None) -> np.ndarray:
     if part is None:
         return np.array([tokenizer.eot])
     if isinstance(part, str):

@@ -138,7 +138,10 @@ def ref_moe(x: Tensor, w: dict[str, Tensor], config, select: Callable) -> tuple[
     mask = select((scores.detach() + w["bias"]).unsqueeze(0)).squeeze(0)
     weight = ref_weight(scores, mask, config.norm_topk)
     y = ref_run_experts(x, mask, weight, w["w_in"], w["w_out"])
-    return (y + ref_mlp(x, w, "shared.") if config.shared_hidden else y), scores, mask
+    if config.shared_hidden:
+        gate = ref_scores(x @ w["shared_gate.weight"].T, "sigmoid") if config.shared_gate else 1
+        y = y + gate * ref_mlp(x, w, "shared.")
+    return y, scores, mask
 
 
 def ref_mlp(x: Tensor, w: dict[str, Tensor], prefix: str = "") -> Tensor:
@@ -165,7 +168,7 @@ def ref_rotate(x: Tensor, position: int, theta: float) -> Tensor:
 def ref_heads(x: Tensor, w: dict[str, Tensor], config) -> tuple[list, list, list]:
     """Queries, keys and values of one token x (C,): lists of heads (D,), not yet rotated."""
     D, n_q, n_kv = config.head_dim, config.n_head, config.kv_heads
-    q, k, v = (w["qkv.weight"] @ x).split([n_q * D, n_kv * D, n_kv * D])
+    q, k, v = (w["qkv.weight"] @ x + w.get("qkv.bias", 0)).split([n_q * D, n_kv * D, n_kv * D])
     if config.qk_norm == "full":
         q, k = (ref_norm(a, w[f"{name}_norm.weight"], config.norm_eps) for a, name in ((q, "q"), (k, "k")))
     q, k, v = list(q.split(D)), list(k.split(D)), list(v.split(D))

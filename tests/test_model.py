@@ -52,8 +52,12 @@ VARIANTS = {
     "one_kv_head": {"n_kv_head": 1},
     "qk_norm_head": {"qk_norm": "head"},
     "qk_norm_full": {"qk_norm": "full", "n_kv_head": 2},
+    "wide_heads": {"head_width": 12, "n_kv_head": 2, "qk_norm": "full"},
+    "qkv_bias": {"qkv_bias": True},
     "shared_expert": {"shared_hidden": 24},
+    "shared_gate": {"shared_hidden": 24, "shared_gate": True},
     "first_layer_dense": {"n_dense_layer": 1},
+    "wide_dense_layer": {"n_dense_layer": 1, "dense_hidden": 40},
     "tied_head": {"tie_embeddings": True},
     "sigmoid": {"score_fn": "sigmoid"},
     "norm_topk": {"norm_topk": True},
@@ -340,12 +344,14 @@ def test_the_statistics_are_those_of_the_layers():
 
 
 def test_new_weights_are_gpt2s():
-    """All matrices start with deviation 0.02, those that add to the residual stream with 0.02 / sqrt(2L)."""
+    """All matrices start with deviation 0.02, those that add to the residual stream with 0.02 / sqrt(2L);
+    gains start at 1 and biases at 0."""
     torch.manual_seed(0)
-    model = MoEGPT(MoEConfig(**TINY | {"n_embd": 64, "shared_hidden": 32, "n_dense_layer": 1}))
+    changes = {"n_embd": 64, "shared_hidden": 32, "n_dense_layer": 1, "qkv_bias": True}
+    model = MoEGPT(MoEConfig(**TINY | changes))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            assert (parameter == 1).all(), name
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
         else:
             residual = "w_out" in name or "attention.out" in name
             assert float(parameter.detach().std()) == pytest.approx(0.01 if residual else 0.02, rel=0.15), (
@@ -729,6 +735,15 @@ def test_impossible_sampling_is_refused(options):
         sample_token(torch.zeros(1, 4), **options)
 
 
+def test_a_cache_of_its_own_has_the_room_that_is_needed(monkeypatch):
+    """Without a cache, `generate` makes one for the prompt and the new tokens, but not beyond block_size."""
+    rooms, new_cache = [], MoEGPT.new_cache
+    monkeypatch.setattr(MoEGPT, "new_cache", lambda self, B, T: rooms.append(T) or new_cache(self, B, T))
+    for prompt, new in ((3, 4), (20, 30), (30, 1), (1, 0)):
+        list(make().generate(tokens(1, prompt), new))
+    assert rooms == [7, 24, 24, 2]
+
+
 # ---------------------------------------------------------------------------------------------------
 # Counting
 
@@ -751,13 +766,22 @@ def test_parameters_counted_by_hand():
 
 
 def test_operations_counted_by_hand():
-    """A training step costs 3 times 2 per weight of the products that a token goes through, and 4*C per token
-    in its reach."""
+    """A training step costs 3 times 2 per weight of the products that a token goes through, and 4*D per
+    head and token in its reach."""
     products = 2 * ATTENTION + DENSE + GATE + SHARED + 2 * EXPERT + EMBEDDING  # the head is the last one
     for tied in (False, True):
         model = make(**COUNTED, tie_embeddings=tied)
         for T in (1, 24):
             assert model.flops_per_token(T) == 3 * (2 * products + 2 * 4 * 32 * T)
+
+
+def test_wide_heads_biases_and_a_shared_gate_are_counted():
+    """Wider heads cost what their matrices and their reach do, a shared gate its weights, a bias nothing."""
+    plain, rich = make(**COUNTED), make(**COUNTED, head_width=12, qkv_bias=True, shared_gate=True)
+    weights = 2 * (32 * (4 + 2 + 2) * 4 + 4 * 4 * 32) + 32  # of 4 more per head, and of the gate
+    vectors = 2 * (4 + 2 + 2) * 12 + 2 * 2 * 4  # the biases, and the gains of the wider heads
+    assert rich.n_params()[0] - plain.n_params()[0] == weights + vectors
+    assert rich.flops_per_token(24) - plain.flops_per_token(24) == 3 * (2 * weights + 2 * 4 * 4 * 4 * 24)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -783,6 +807,16 @@ def test_a_checkpoint_brings_everything_back(variant, tmp_path):
     assert torch.equal(model(idx)[0], back(idx)[0])
     assert (back.head.weight is back.embedding.weight) == model.config.tie_embeddings
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_checkpoint_from_before_a_field_existed(tmp_path):
+    """Fields that a checkpoint's config lacks have their defaults."""
+    model = make()
+    save_checkpoint(tmp_path / "a.pt", model)
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    for name in ("head_width", "qkv_bias", "shared_gate", "dense_hidden"):
+        del checkpoint["config"][name]
+    assert MoEGPT.from_checkpoint(checkpoint).config == model.config
 
 
 @pytest.fixture
@@ -814,6 +848,9 @@ def test_a_checkpoint_opens_under_another_router(saved):
         {"shared_hidden": 32},
         {"qk_norm": "head"},
         {"n_kv_head": 2},
+        {"head_width": 16},
+        {"qkv_bias": True},
+        {"shared_gate": True},
         {"tie_embeddings": True},
     ],
     ids=str,
@@ -901,6 +938,9 @@ def test_a_failing_write_leaves_the_old_file(where, saved, monkeypatch):
         ({"max_experts": 9}, "max_experts is 9 k = 2 n_expert = 8"),
         ({"n_embd": 40, "n_head": 3}, "n_embd is 40 multiple n_head = 3"),
         ({"n_embd": 24, "n_head": 8}, "n_embd / n_head is 3 even"),
+        ({"head_width": 7}, "head_width is 7 even"),
+        ({"head_width": 0}, "head_width is 0 at least 1"),
+        ({"dense_hidden": 0}, "dense_hidden is 0 at least 1"),
         ({"n_kv_head": 3}, "n_kv_head is 3 divisor n_head = 4"),
         ({"n_kv_head": 8}, "n_kv_head is 8 divisor n_head = 4"),
         ({"n_kv_head": 0}, "n_kv_head is 0 at least 1"),

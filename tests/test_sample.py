@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -103,10 +104,10 @@ def test_prints_what_the_model_generated(say, run, tokenizer):
 
 def test_ends_with_a_summary(say, run):
     """The last line has speed, experts per token and the sizes of both caches; the first names the run."""
-    lines = say(f"--prompt={PROMPT}").splitlines()
+    lines = say(f"--prompt={PROMPT}", "--max_new_tokens=31").splitlines()
     assert str(run / "best.pt") in lines[0]
     assert "router online_seqtopk (trained with seqtopk), float32 on cpu" in lines[0]
-    numbers = r"12 new tokens, [\d.]+ tokens/s, [12]\.\d\d experts per token; "
+    numbers = r"31 new tokens, [\d.]+ tokens/s, [12]\.\d\d experts per token; "
     sizes = r"KV cache 8 KiB, Expert Cache [\d.]+ (KiB|B) \(room for 32 tokens\)"
     assert re.fullmatch(numbers + sizes, lines[-1])
 
@@ -191,6 +192,11 @@ def test_characters_of_several_tokens_come_out_whole(capfd, tokenizer):
     assert capfd.readouterr().out == tokenizer.decode(ids) + "\n"
 
 
+def test_caches_have_the_room_that_a_text_needs(say, tokenizer):
+    """A text shorter than block_size gets caches for its prompt and its new tokens only."""
+    assert f"(room for {len(tokenizer.encode('def f')) + 12} tokens)" in say("--prompt=def f")
+
+
 @pytest.mark.parametrize("prompt", ["def", "def f(x): return x\n" * 20])
 def test_text_past_block_size(say, prompt):
     """A text or a prompt longer than block_size goes on, and the rule for it is told once."""
@@ -226,8 +232,45 @@ def test_a_dense_run(say, fails, tmp_path, tokenizer):
 
 def test_bfloat16(say):
     """Weights and KV cache can be bfloat16, which halves the cache."""
-    out = say("--prompt=def", "--dtype=bfloat16")
+    out = say("--prompt=def", "--dtype=bfloat16", "--max_new_tokens=31")
     assert "bfloat16 on cpu" in out and "KV cache 4 KiB" in out
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """The folder of a tiny OLMoE in bfloat16 with random weights, and its tokenizer."""
+    pytest.importorskip("safetensors")
+    bpe = pytest.importorskip("tokenizers")
+    tokenizer = bpe.Tokenizer(bpe.models.BPE())
+    tokenizer.pre_tokenizer = bpe.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = bpe.decoders.ByteLevel()
+    alphabet = bpe.pre_tokenizers.ByteLevel.alphabet()
+    trainer = bpe.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, special_tokens=["<end>"])
+    tokenizer.train_from_iterator([PROMPT] * 3, trainer)
+    torch.manual_seed(0)
+    model = MoEGPT(MoEConfig(vocab_size=280, **SHAPE | {"router": "topk", "qk_norm": "full"}))
+    for parameter in model.parameters():
+        parameter.data *= 5
+    folder = tmp_path_factory.mktemp("pretrained") / "hf"
+    meta = {"kind": "hf", "name": "tiny", "json": tokenizer.to_str(), "eot": 0}
+    model.cast(torch.bfloat16).save_pretrained(folder, meta)
+    return folder
+
+
+def test_a_pretrained_model_writes(say, pretrained):
+    """With init_from a Hugging Face folder writes under any causal router, in its own dtype and tokenizer."""
+    out = say(f"--init_from={pretrained}", f"--prompt={PROMPT}", "--router=online_seqtopk")
+    assert out.startswith(f"{pretrained}: ") and body(out).startswith(PROMPT)
+    assert "router online_seqtopk (trained with topk), bfloat16 on cpu" in out
+    assert re.search(r"12 new tokens, .* (1\.[5-9]|2\.0)\d experts per token", out)
+    assert "float32 on cpu" in say(f"--init_from={pretrained}", "--dtype=float32")
+    assert ", 2.00 experts per token" in say(f"--init_from={pretrained}", f"--prompt={PROMPT}")
+
+
+def test_a_pretrained_model_ends_at_its_end_of_text(say, pretrained):
+    """The tokenizer's end-of-text ends a sample and is not printed."""
+    out = say(f"--init_from={pretrained}", "--max_new_tokens=5000", "--temperature=30", "--top_p=1")
+    assert int(re.search(r"(\d+) new tokens", out)[1]) < 5000 and "<end>" not in out
 
 
 def test_ctrl_c_stops_and_sums_up(say, monkeypatch):
@@ -304,6 +347,14 @@ def test_bad_checkpoint(fails, tmp_path, tokenizer, damage):
     else:
         path.write_bytes({"truncated": path.read_bytes()[:-500], "empty": b"", "text": b"hello\n"}[damage])
     assert ("tokenizer" if damage == "no tokenizer" else "best.pt") in fails(out_dir=path.parent)
+
+
+@pytest.mark.parametrize(("removed", "words"), [("tokenizer.json", "tokenizer"), ("config.json", "config")])
+def test_bad_pretrained_folder(fails, pretrained, tmp_path, removed, words):
+    """A Hugging Face folder that lacks a file is refused by name."""
+    folder = shutil.copytree(pretrained, tmp_path / "hf")
+    (folder / removed).unlink()
+    assert words in fails(f"--init_from={folder}")
 
 
 def test_help_explains_every_key():

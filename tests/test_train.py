@@ -1108,8 +1108,10 @@ def test_config_file(path):
     given = settings_of(path)
     config = TrainConfig(**given)
     assert (ROOT / "data" / config.dataset / "prepare.py").is_file()
-    assert "out_dir" not in given and "init_from" not in given
-    if "dense" in path.stem:
+    assert "out_dir" not in given and ("init_from" in given) == path.stem.startswith("finetune_")
+    if "init_from" in given:
+        assert config.router == "seqtopk"
+    elif "dense" in path.stem:
         assert config.n_expert == 1
     else:
         assert path.stem.endswith(f"_{config.router}")

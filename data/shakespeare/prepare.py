@@ -30,7 +30,7 @@ class Options:
     """Options of data/shakespeare/prepare.py"""
 
     source: str | None = None  # Tiny Shakespeare already on disk; none: download it
-    tokenizer: str = "bpe"  # bpe (trained on the text), gpt2, or the meta.json of another dataset
+    tokenizer: str = "bpe"  # bpe (trained), gpt2, a meta.json, or a Hugging Face folder or OWNER/MODEL
     vocab_size: int = 1024  # tokens of the trained bpe
 
 

@@ -33,7 +33,7 @@ class Options:
     """Options of data/textfile/prepare.py"""
 
     source: str | None = None  # the file or folder to read (required)
-    tokenizer: str = "bpe"  # bpe (trained on the text), gpt2, or the meta.json of another dataset
+    tokenizer: str = "bpe"  # bpe (trained), gpt2, a meta.json, or a Hugging Face folder or OWNER/MODEL
     vocab_size: int = 4096  # tokens of the trained bpe; 1024 is plenty for 1 MB
     val_fraction: float = 0.1  # share of the text kept for validation
     out_dir: str | None = None  # folder of the dataset; none: data/textfile

@@ -1,0 +1,446 @@
+"""Hugging Face checkpoints: models built by transformers and opened here, and the other way round, are the
+same function; what model.py cannot express, and files that are missing or damaged, are one line."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as code
+from model import MoEConfig, MoEGPT, pretrained_config
+
+safetensors = pytest.importorskip("safetensors.torch")
+hub = pytest.importorskip("huggingface_hub")
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+
+# ---------------------------------------------------------------------------------------------------
+# Tiny models of transformers
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GROUPED, TIED, NORMALISED = (
+    {"num_key_value_heads": 2},
+    {"tie_word_embeddings": True},
+    {"norm_topk_prob": True},
+)
+OLMOE = {"num_experts": 8}
+QWEN2 = {"num_experts": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 40}
+QWEN3 = {"num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8}
+MIXTRAL = {"num_local_experts": 8}
+THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+VARIANTS = {
+    "olmoe": ("olmoe", OLMOE),
+    "olmoe grouped": ("olmoe", OLMOE | GROUPED | {"rms_norm_eps": 1e-3}),
+    "olmoe normalised, tied": ("olmoe", OLMOE | NORMALISED | TIED),
+    "qwen2": ("qwen2_moe", QWEN2),
+    "qwen2 grouped, normalised": ("qwen2_moe", QWEN2 | GROUPED | NORMALISED),
+    "qwen2 first layer dense, tied": ("qwen2_moe", QWEN2 | TIED | {"mlp_only_layers": [0]}),
+    "qwen2 without biases": ("qwen2_moe", QWEN2 | {"qkv_bias": False}),
+    "qwen2 without a shared expert": ("qwen2_moe", QWEN2 | {"shared_expert_intermediate_size": 0}),
+    "qwen3": ("qwen3_moe", QWEN3),
+    "qwen3 grouped, wide heads, normalised": ("qwen3_moe", QWEN3 | GROUPED | NORMALISED | {"head_dim": 20}),
+    "qwen3 first layer dense, tied": ("qwen3_moe", QWEN3 | TIED | NORMALISED | {"mlp_only_layers": [0]}),
+    "mixtral": ("mixtral", MIXTRAL),
+    "mixtral grouped, tied": ("mixtral", MIXTRAL | GROUPED | TIED | THETA),
+    "mixtral narrow heads": ("mixtral", MIXTRAL | {"head_dim": 4}),
+}
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def build(variant: str = "olmoe", seed: int = 0, **changes):
+    """A model of transformers, every weight of which is random: gains and biases, too."""
+    kind, settings = VARIANTS[variant]
+    torch.manual_seed(seed)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **SIZES | settings | changes)
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(0.2 * noise + ("norm" in name) if parameter.dim() == 1 else 0.3 * noise)
+    return theirs.eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The checkpoint of a tiny OLMoE."""
+    build().save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def prompt(seed: int = 0) -> torch.Tensor:
+    return torch.randint(SIZES["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def same(ours: MoEGPT, theirs, idx: torch.Tensor) -> bool:
+    """Whether the logits are equal to 1e-4, and far from all the same."""
+    want = theirs(idx).logits
+    return bool((ours(idx)[0] - want).abs().max() < 1e-4) and bool(want.std() > 0.3)
+
+
+def change_json(path: Path, **changes) -> None:
+    """Set keys of a JSON file, or remove those whose value is ...."""
+    said = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in said.items() if value is not ...}))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The same function
+
+
+@pytest.mark.parametrize("seed", range(3))
+@each_variant
+def test_a_checkpoint_of_transformers_gives_its_logits(variant, seed, tmp_path):
+    """A model that transformers saved has the same logits here, and so has it after a round trip."""
+    theirs, idx = build(variant, seed), prompt(seed)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = MoEGPT.from_pretrained(tmp_path / "hf")
+    assert same(ours, theirs, idx)
+    assert ours.config == pretrained_config(tmp_path / "hf") and ours.config.router == "topk"
+    assert (ours.head.weight is ours.embedding.weight) == ours.config.tie_embeddings
+    ours.save_pretrained(tmp_path / "ours")
+    assert same(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval(), idx)
+    back = MoEGPT.from_pretrained(tmp_path / "ours")
+    assert {**asdict(back.config), "head_width": None} == {**asdict(ours.config), "head_width": None}
+    assert back.config.head_dim == ours.config.head_dim
+    assert torch.equal(back(idx)[0], ours(idx)[0])
+
+
+@each_variant
+def test_greedy_text_is_that_of_transformers(variant, tmp_path):
+    """The likeliest continuation, from caches on both sides, is the same tokens."""
+    theirs, idx = build(variant), prompt()
+    theirs.save_pretrained(tmp_path)
+    ours = MoEGPT.from_pretrained(tmp_path)
+    got = torch.cat([chunk.tokens for chunk in ours.generate(idx, 16, temperature=0)], dim=1)
+    assert torch.equal(got, theirs.generate(idx, max_new_tokens=16, do_sample=False, use_cache=True))
+
+
+TRAINED_HERE = {
+    "olmoe": {"qk_norm": "full"},
+    "qwen2_moe": {"shared_hidden": 24, "shared_gate": True, "qkv_bias": True, "n_dense_layer": 1},
+    "qwen3_moe": {"qk_norm": "head", "n_kv_head": 2, "head_width": 16, "n_dense_layer": 1},
+    "mixtral": {"norm_topk": True, "tie_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED_HERE)
+def test_a_model_made_here_opens_in_transformers(kind, tmp_path):
+    """What a family can express is saved as that family, and transformers has the logits of topk."""
+    torch.manual_seed(0)
+    ours = MoEGPT(MoEConfig(vocab_size=96, block_size=64, n_layer=2, router="seqtopk", **TRAINED_HERE[kind]))
+    for parameter in ours.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ours.save_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.config.model_type == kind
+    assert same(MoEGPT.from_pretrained(tmp_path / "hf"), theirs, prompt())
+    with torch.no_grad():
+        assert torch.equal(
+            MoEGPT.from_pretrained(tmp_path / "hf")(prompt())[0], ours(prompt(), router="topk")[0]
+        )
+
+
+def test_fields_can_be_changed_in_opening(folder):
+    """A checkpoint opens under another router, budget and length, with its own weights."""
+    ours = MoEGPT.from_pretrained(folder, router="seqtopk", k=3, block_size=32)
+    assert (ours.config.router, ours.config.k, ours.config.block_size) == ("seqtopk", 3, 32)
+    assert torch.equal(ours(prompt())[0], MoEGPT.from_pretrained(folder, k=3)(prompt(), router="seqtopk")[0])
+
+
+@pytest.mark.parametrize("shard", ["20KB", "60KB"])
+def test_shards(shard, tmp_path):
+    """A checkpoint in many files is the same, whoever wrote them."""
+    theirs = build()
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size=shard)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    ours = MoEGPT.from_pretrained(tmp_path / "hf")
+    assert same(ours, theirs, prompt())
+    size = int(shard[:-2]) * 1000
+    ours.save_pretrained(tmp_path / "ours", shard_bytes=size)
+    files = list((tmp_path / "ours").glob("*.safetensors"))
+    assert len(files) > 2 and max(file.stat().st_size for file in files) < size + 9000
+    assert same(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), prompt())
+    assert same(MoEGPT.from_pretrained(tmp_path / "ours"), theirs, prompt())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_of_the_file_is_kept(dtype, tmp_path):
+    """Half precision weights stay as they are, bit for bit, there and back; gates are float32 here."""
+    theirs = build("qwen2").to(dtype)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = MoEGPT.from_pretrained(tmp_path / "hf")
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".gate." in name else dtype), name
+    ours.save_pretrained(tmp_path / "ours")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert back.dtype == dtype
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(weight, back.state_dict()[name]), name
+
+
+OLD_LAYOUT = {"rope_parameters": ..., "dtype": ..., "torch_dtype": "float32", "rope_scaling": None}
+
+
+@pytest.mark.parametrize("variant", ["olmoe", "qwen2 grouped, normalised", "qwen3", "mixtral grouped, tied"])
+def test_a_config_of_earlier_releases(variant, tmp_path):
+    """rope_theta at the top of config.json, and its older names, are read like the newer ones."""
+    build(variant).save_pretrained(tmp_path)
+    new, said = pretrained_config(tmp_path), json.loads((tmp_path / "config.json").read_text())
+    renamed = {"num_local_experts": ..., "num_experts": 8} if "qwen3" in variant else {}
+    change_json(
+        tmp_path / "config.json", rope_theta=said["rope_parameters"]["rope_theta"], **OLD_LAYOUT, **renamed
+    )
+    assert pretrained_config(tmp_path) == new
+
+
+def test_what_a_config_leaves_out(folder):
+    """Keys that transformers fills in may be missing; a sliding window may be given and switched off."""
+    want = pretrained_config(folder)
+    optional = ("norm_topk_prob", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "hidden_act")
+    change_json(folder / "config.json", **dict.fromkeys(optional, ...))
+    assert pretrained_config(folder) == want
+    change_json(folder / "config.json", sliding_window=4096, use_sliding_window=False)
+    assert pretrained_config(folder) == want
+
+
+PUBLISHED = {  # config.json, and billions of parameters: in all, and used by a token
+    "OLMoE-1B-7B": (
+        {"model_type": "olmoe", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16}
+        | {"intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 50304},
+        (6.9, 1.3),
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        {"model_type": "qwen2_moe", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16}
+        | {"moe_intermediate_size": 1408, "num_experts": 60, "num_experts_per_tok": 4, "vocab_size": 151936}
+        | {"intermediate_size": 5632, "shared_expert_intermediate_size": 5632},
+        (14.3, 2.7),
+    ),
+    "Qwen3-30B-A3B": (
+        {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32}
+        | {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936}
+        | {"intermediate_size": 6144, "num_key_value_heads": 4, "head_dim": 128},
+        (30.5, 3.3),
+    ),
+    "Mixtral-8x7B": (
+        {"model_type": "mixtral", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000}
+        | {"num_key_value_heads": 8},
+        (46.7, 12.9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_released_models_have_the_sizes_that_their_authors_state(name, tmp_path):
+    """From their config.json comes a model of as many parameters as published, all in all and per token."""
+    said, billions = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(said | {"max_position_embeddings": 4096}))
+    with torch.device("meta"):
+        counts = MoEGPT(pretrained_config(tmp_path)).n_params()
+    assert [count / 1e9 for count in counts] == pytest.approx(billions, abs=0.06)
+
+
+def test_a_tokenizer_comes_along(tmp_path):
+    """tokenizer.json and the end-of-text id are written from the tokenizer's meta."""
+    ours = MoEGPT(MoEConfig(vocab_size=96, qk_norm="full"))
+    ours.save_pretrained(tmp_path / "a", {"kind": "hf", "name": "x", "json": '{"é": 1}', "eot": 7})
+    assert (tmp_path / "a" / "tokenizer.json").read_text(encoding="utf-8") == '{"é": 1}'
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["eos_token_id"] == 7
+    ours.save_pretrained(tmp_path / "b", {"kind": "bpe", "name": "x"})
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"config.json", "model.safetensors"}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Memory
+
+MEASURE = """
+import re, sys
+import safetensors, torch
+from model import MoEConfig, MoEGPT
+
+with torch.device("meta"):
+    MoEGPT(MoEConfig(vocab_size=96))  # which imports what the meta device needs
+
+def memory(kind):
+    return 1024 * int(re.search(kind + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+before = memory("VmRSS")
+model = MoEGPT.from_pretrained(sys.argv[1])
+weights = sum(parameter.nbytes for parameter in model.parameters())
+print(weights, memory("VmHWM") - before)
+model.save_pretrained(sys.argv[2], shard_bytes=2**24)
+print(weights, memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_stays_near_the_weights(tmp_path):
+    """Opening and saving take less than 1.2 times the weights, the pages of mapped files included."""
+    sizes = {"n_layer": 6, "n_embd": 512, "n_expert": 24, "n_hidden": 512, "qk_norm": "full"}
+    MoEGPT(MoEConfig(vocab_size=96, **sizes)).cast(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "hf"), str(tmp_path / "again")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(code.__file__).parent)
+    assert run.returncode == 0, run.stderr
+    for line in run.stdout.splitlines():
+        weights, peak = map(int, line.split())
+        assert weights > 200e6 and 0.9 * weights < peak < 1.2 * weights
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def refusal(call, *args, **changes) -> str:
+    """The ValueError of a call, which is one line."""
+    with pytest.raises(ValueError) as refused:
+        call(*args, **changes)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "llama"}, "model_type .* llama, .* olmoe, qwen2_moe, qwen3_moe, mixtral"),
+        ({"model_type": ...}, "model_type .* None, .* olmoe"),
+        ({"hidden_act": "gelu"}, "hidden_act .* gelu, .* silu"),
+        ({"clip_qkv": 8.0}, "clip_qkv .* 8.0"),
+        ({"attention_bias": True}, "attention_bias .* True, .* False"),
+        ({"sliding_window": 32}, "sliding_window .* 32"),
+        ({"sliding_window": 32, "use_sliding_window": True}, "sliding_window .* 32"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type .* yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type .* linear"),
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers .* \[1\], .* first layers"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step .* 2, .* 1"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method .* fp8"),
+        ({"num_experts": 1}, "num_experts .* 1, .* at least 2"),
+        ({"hidden_size": ...}, "hidden_size .* missing"),
+        ({"num_experts_per_tok": 9}, "k is 9"),
+        ({"intermediate_size": 20}, "n_hidden is 20, .* multiple of 8"),
+        ({"intermediate_size": 32}, r"experts.0.gate_proj.weight .* \(24, 32\), .* \(32, 32\)"),
+        ({"num_hidden_layers": 3}, "model.layers.2.* missing"),
+        ({"num_hidden_layers": 1}, "model.layers.1.* absent"),
+        ({"tie_word_embeddings": True}, "lm_head.weight .* absent"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_expressed_is_refused(folder, changes, words):
+    """A config.json that asks for what model.py does not have, or for other tensors, is refused by name."""
+    change_json(folder / "config.json", **changes)
+    assert re.search(words, refusal(MoEGPT.from_pretrained, folder))
+
+
+INDEX = "model.safetensors.index.json"
+DAMAGES = {  # by what is done to (the folder, its first file, its second)
+    "no shard": (lambda folder, one, two: two.unlink(), "model-00002-of-"),
+    "cut": (lambda folder, one, two: one.write_bytes(one.read_bytes()[:-9]), "damaged"),
+    "pointer": (
+        lambda folder, one, two: one.write_text("version https://git-lfs.github.com/spec/v1"),
+        "damaged",
+    ),
+    "index": (lambda folder, one, two: (folder / INDEX).write_text("{"), "damaged"),
+    "config": (lambda folder, one, two: (folder / "config.json").write_bytes(b"\xff"), "damaged"),
+    "no config": (lambda folder, one, two: (folder / "config.json").unlink(), "config.json is missing"),
+    "no index": (lambda folder, one, two: (folder / INDEX).unlink(), "model.safetensors is missing"),
+    "no tensor": (lambda folder, one, two: one.write_bytes(two.read_bytes()), "is missing, but must be ("),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_missing_and_damaged_files(tmp_path, damage):
+    """A file that is missing, cut short or something else is named."""
+    build().save_pretrained(tmp_path, max_shard_size="60KB")
+    do, words = DAMAGES[damage]
+    do(tmp_path, *sorted(tmp_path.glob("*.safetensors"))[:2])
+    message = refusal(MoEGPT.from_pretrained, tmp_path)
+    assert words in message and str(tmp_path) in message
+
+
+def test_quantised_tensors_are_refused(folder):
+    """A tensor of another number format than the three that weights have is refused by name."""
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    message = refusal(MoEGPT.from_pretrained, folder)
+    assert "the dtype of model.norm.weight is I8" in message and "F32, F16, BF16" in message
+
+
+def test_a_name_is_fetched_from_the_hub(folder, monkeypatch):
+    """What is no folder is a name on the Hub, of which only the needed files are fetched; one line if it
+    cannot be had, and the pip command if the package is missing."""
+    asked = {}
+
+    def snapshot_download(name, allow_patterns):
+        asked.update(name=name, files=allow_patterns)
+        if name == "nobody/nothing":
+            raise ConnectionError("many\nlines")
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert pretrained_config("somebody/olmoe") == pretrained_config(folder)
+    assert asked["name"] == "somebody/olmoe" and "*.safetensors" in asked["files"]
+    assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked["files"])
+    message = refusal(MoEGPT.from_pretrained, "nobody/nothing")
+    assert all(words in message for words in ("nobody/nothing is no folder", "ConnectionError", "network"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install -r requirements-hf.txt" in refusal(pretrained_config, "nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "qk_norm is none"),
+        ({"qk_norm": "full", "score_fn": "sigmoid"}, "score_fn is sigmoid, .* softmax .* olmoe"),
+        ({"qk_norm": "full", "n_dense_layer": 1}, "n_dense_layer is 1, .* olmoe"),
+        ({"qk_norm": "head", "shared_hidden": 24}, "shared_hidden is 24"),
+        ({"qk_norm": "full", "n_expert": 1, "k": 1}, "n_expert is 1"),
+    ],
+    ids=str,
+)
+def test_what_no_family_has_is_not_saved(tmp_path, changes, words):
+    """The refusal names the field, and nothing is written."""
+    ours = MoEGPT(MoEConfig(vocab_size=96, **changes))
+    assert re.search(words, refusal(ours.save_pretrained, tmp_path / "hf"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bias_for_selection_is_not_saved(tmp_path):
+    """No other code knows the bias of loss-free balance, so a model that uses it is refused."""
+    ours = MoEGPT(MoEConfig(vocab_size=96, qk_norm="full"))
+    ours.blocks[0].mlp.bias[1] = 0.1
+    assert "bias_rate" in refusal(ours.save_pretrained, tmp_path / "hf")
+
+
+def test_saved_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    """A save that fails leaves nothing behind, and no save overwrites anything."""
+    ours = MoEGPT.from_pretrained(folder)
+    assert "new folder" in refusal(ours.save_pretrained, folder)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(code, "write_tensors", fail)
+    with pytest.raises(OSError):
+        ours.save_pretrained(tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
