@@ -25,6 +25,7 @@ import os
 import platform
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -479,16 +480,19 @@ def bench_peers(bench: Bench) -> list[dict]:
         print("skipped: transformers is not installed (pip install transformers)")
         return []
     size = bench.sized(batch_size=8, tokens=bench.shape("peers").block_size)
+    torch.cuda.empty_cache()  # what earlier parts have left: the processes need it
     peers = {kind: Peer(bench.config, kind) for kind in ("ours", "eager", "grouped_mm")}
     goals = (1.5, 8) if bench.gpu else (1.3, 4)
     works = {"training": size.batch_size * size.tokens, "generation": size.tokens // 2}
     rows = []
-    for (work, tokens), goal in zip(works.items(), goals):
-        calls = {kind: partial(peer.do, work) for kind, peer in peers.items()}
-        times = bench.interleave(calls, 20, clock=lambda call: call())
-        rows += peer_rows(f"{work}, {tokens} tokens", tokens, times, goal)
-    for peer in peers.values():
-        peer.do(None)
+    try:
+        for (work, tokens), goal in zip(works.items(), goals):
+            calls = {kind: partial(peer.do, work) for kind, peer in peers.items()}
+            times = bench.interleave(calls, 20, clock=lambda call: call())
+            rows += peer_rows(f"{work}, {tokens} tokens", tokens, times, goal)
+    finally:
+        for peer in peers.values():
+            peer.process.terminate()
     return rows
 
 
@@ -497,27 +501,46 @@ class Peer:
 
     def __init__(self, config: BenchConfig, kind: str):
         context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
+        self.kind, (self.connection, other) = kind, context.Pipe()
         self.process = context.Process(target=serve, args=(other, config, kind), daemon=True)
         self.process.start()
         other.close()
 
-    def do(self, work: str | None) -> float | None:
-        """Seconds that the work took, once; None ends the process. Raises EOFError if it has ended before."""
-        self.connection.send(work)
-        return self.connection.recv() if work else self.process.join()
+    def do(self, work: str) -> float:
+        """Seconds that the work took, once. Raises RuntimeError if it failed, or if the process has ended."""
+        try:
+            self.connection.send(work)
+            said = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            said = f"its process ended with exit code {self.process.exitcode}"
+        if isinstance(said, str):
+            raise RuntimeError(f"{self.kind}: {said}")
+        return said
 
 
 def serve(connection, config: BenchConfig, kind: str) -> None:
-    """What the process of a Peer does."""
+    """What the process of a Peer does: it says how long each work took, or what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C, the process that started this one ends it
+    try:
+        works = peer_works(config, kind)
+        while True:
+            connection.send(works[connection.recv()]())
+    except EOFError:  # nobody asks any more
+        return
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+def peer_works(config: BenchConfig, kind: str) -> dict[str, Callable[[], float]]:
+    """Work -> a function that does it once and tells the seconds."""
     bench = make_bench(config)
     torch.manual_seed(config.seed)
     shape = bench.shape("peers")
     size = bench.sized(batch_size=8, tokens=shape.block_size)
     text = bench.text(shape.vocab_size, size.batch_size, size.tokens + 1)
     works = our_works(bench, shape, text) if kind == "ours" else their_works(bench, shape, text, kind)
-    for work in iter(connection.recv, None):
-        connection.send(bench.seconds(works[work]))
+    return {name: partial(bench.seconds, work) for name, work in works.items()}
 
 
 def our_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callable]:
@@ -939,10 +962,14 @@ def main(argv: list[str]) -> None:
         except RuntimeError as error:  # of torch, such as too little memory; other parts may still do
             print(f"{name} failed: {error}")
             report["failed"].append(name)
-    if config.plot:
-        draw(report, config.plot)
+        except KeyboardInterrupt:  # what has been measured is kept
+            print(f"{name} was stopped")
+            report["failed"].append(name)
+            break
     if config.json:
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+    if config.plot:
+        draw(report, config.plot)
     print("\n" + json.dumps(report))
     sys.exit(bool(report["failed"]))
 

@@ -129,6 +129,21 @@ def test_peers_without_transformers_is_a_line(run, monkeypatch):
     assert report["parts"] == {"peers": []}
 
 
+@pytest.mark.parametrize(
+    ("device", "words"), [("cuda:99", "ours: ValueError: device is cuda:99"), ("cpu", "-9")]
+)
+def test_a_peer_that_fails_or_dies_is_a_line(device, words):
+    """Whoever asks it for work gets one line that says what went wrong, and need not wait."""
+    peer = bench.Peer(BenchConfig(device=device), "ours")
+    if device == "cpu":
+        peer.process.kill()
+    with pytest.raises(RuntimeError) as error:
+        peer.do("training")
+    assert words in str(error.value) and "\n" not in str(error.value)
+    peer.process.join(10)
+    assert peer.process.exitcode is not None
+
+
 def test_decoding_is_measured_at_the_context_it_says():
     """After `fill`, every cache has seen `context` tokens, and the experts chosen are near the budget."""
     measure = Bench(BenchConfig(**SIZES, effort=0), torch.device("cpu"), torch.float32, False)
@@ -140,6 +155,20 @@ def test_decoding_is_measured_at_the_context_it_says():
         assert cache.kv[0].k[:, :, :300].abs().sum(-1).all()
     _, _, stats = model(torch.randint(64, (2, 20)), cache=caches["online_seqtopk"])
     assert 1.7 <= stats.experts.float().mean() <= 2.3
+
+
+def test_ctrl_c_keeps_what_has_been_measured(capsys, monkeypatch):
+    """The parts before the one that was stopped are in the last line; those after it do not start."""
+
+    def stop(measure):
+        """Stops."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "PARTS", {"cache": bench.bench_cache, "stopped": stop, "router": stop})
+    with pytest.raises(SystemExit) as end:
+        bench.main(TOY)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert end.value.code == 1 and report["failed"] == ["stopped"] and report["parts"]["cache"]
 
 
 def test_a_part_out_of_memory_leaves_the_others(capsys, monkeypatch):
