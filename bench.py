@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import data
 from config import bad_input_exits, parse
-from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
+from config.device import give_back_freed_memory, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from data import AnyTokenizer
 from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of
 from data.pairs.prepare import Pair, read_pairs
@@ -196,6 +196,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
             call()
             return torch.cuda.max_memory_allocated() / 1e9
+        give_back_freed_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (man 5 proc)
         except OSError:
@@ -205,9 +206,10 @@ class Bench:
 
 
 def make_bench(config: BenchConfig) -> Bench:
-    """Raises ValueError for a device that is not there, or whose clocks this script cannot read."""
+    """Raises ValueError for a device that is not there."""
     device, _ = pick_device(config.device)
-    require(device.type in ("cpu", "cuda"), "device", device, "cpu or cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # events and memory counters are the current device's
     dtype, _ = pick_dtype(config.dtype, device)
     return Bench(config, device, dtype, pick_compile(config.compile, device, dtype)[0])
 

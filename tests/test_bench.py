@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bench
+import config.device
 import data
 from bench import Bench, BenchConfig
 from config import bad_input_exits
@@ -71,6 +72,18 @@ def test_interleave_takes_turns_and_drops_the_warm_up(toy):
     rounds = 1 + bench.MIN_ROUNDS
     assert toy.log == prepared == ["A", "B"] * rounds
     assert times == {"A": [3.0, 5.0, 7.0, 9.0, 11.0], "B": [4.0, 6.0, 8.0, 10.0, 12.0]}
+
+
+def test_the_peak_of_a_call_leaves_out_what_others_have_freed():
+    """A small call after a large one has a small peak, on a CPU too, where freed memory is kept."""
+    config.device.keep_freed_memory()
+    measure = Bench(BenchConfig(), torch.device("cpu"), torch.float32, False)
+    large, small = (
+        measure.peak_gb(lambda n=n: [torch.ones(2**20) for _ in range(n)]) for n in (100, 1)
+    )  # of 4 MB
+    if large is None:
+        pytest.skip("this system does not tell")
+    assert 0.3 < large - small < 0.5
 
 
 def test_wilson_interval_by_hand():
