@@ -25,6 +25,7 @@ import os
 import platform
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 import data
 from config import bad_input_exits, parse
-from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
+from config.device import give_back_freed_memory, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from data import AnyTokenizer
 from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of
 from data.pairs.prepare import Pair, read_pairs
@@ -54,7 +55,7 @@ from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
 
 HOME = Path(__file__).parent
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-BLOCK = ExpertCache.RECENT  # steps of an Expert Cache from one merge of its buffers to the next
+CYCLE = ExpertCache.RECENT + 1  # steps of an Expert Cache, one of which merges its buffers
 FINAL_LINE = re.compile(FINAL_ANSWER.pattern + r"\s")  # as FINAL_ANSWER, and no more digits can follow
 CHECK_EVERY = 16  # tokens from one look for final answers to the next
 ANSWER_TOKENS = 400  # the most for an answer in gsm8k
@@ -195,6 +196,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
             call()
             return torch.cuda.max_memory_allocated() / 1e9
+        give_back_freed_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (man 5 proc)
         except OSError:
@@ -204,9 +206,10 @@ class Bench:
 
 
 def make_bench(config: BenchConfig) -> Bench:
-    """Raises ValueError for a device that is not there, or whose clocks this script cannot read."""
+    """Raises ValueError for a device that is not there."""
     device, _ = pick_device(config.device)
-    require(device.type in ("cpu", "cuda"), "device", device, "cpu or cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # events and memory counters are the current device's
     dtype, _ = pick_dtype(config.dtype, device)
     return Bench(config, device, dtype, pick_compile(config.compile, device, dtype)[0])
 
@@ -232,7 +235,7 @@ def bench_router(bench: Bench) -> list[dict]:
     calls = {name: partial(router.select, scores, size.k) for name, router in ROUTERS.items()}
     times = bench.interleave(calls, 6)
     rows = [router_row(f"{name}, B={B}, T={T}", times[name], B * T, "topk", times["topk"]) for name in times]
-    lengths = [T // 4 * 2**i for i in range(6)]
+    lengths = [max(1, T // 4) * 2**i for i in range(6)]
     scores = bench.scores(1, lengths[-1], size.n_expert)
     times = bench.interleave({n: partial(online_seqtopk, scores[:, :n], size.k) for n in lengths}, 6)
     base = lengths[0]
@@ -267,11 +270,16 @@ def bench_layer(bench: Bench) -> list[dict]:
     def both(kind: str) -> None:
         forward(kind).backward(x.detach())
 
+    def before(kind: str) -> None:
+        x.grad = None
+        if kind in layers:
+            layers[kind][1].zero_grad()
+
     rows = []
     for run, label, products in ((forward, "forward", 1), (both, "forward+backward", 3)):
         calls = {kind: partial(run, kind) for kind in layers}
         calls["matmul"] = lambda n=products: [x.detach() @ matrix for _ in range(n)]
-        times = bench.interleave(calls, 10, lambda kind: kind in layers and layers[kind][1].zero_grad())
+        times = bench.interleave(calls, 10, before)
         rows += [layer_row(f"{kind} {label}, {what}", kind, times, products * flops) for kind in layers]
     rows[-len(layers) + 1]["aim"] = f"at least {0.75 if bench.gpu else 0.95}"  # topk, forward+backward
     return rows
@@ -280,7 +288,7 @@ def bench_layer(bench: Bench) -> list[dict]:
 def layer_row(what: str, kind: str, times: dict, flops: int) -> dict:
     seconds = median(times[kind])
     row = {"what": what, "ms": seconds * 1e3, "GFLOP/s": flops / seconds / 1e9}
-    row["of matmul"] = median(times["matmul"]) / seconds
+    row["of matmul"] = ratio(times["matmul"], times[kind])[0]
     return row | {"speed/dense": ratio(times["dense"], times[kind])}
 
 
@@ -359,8 +367,10 @@ def bench_decode(bench: Bench) -> list[dict]:
     "heavy" has experts of real weight. The few small operations of an Expert Cache ("extra us per layer") are
     as many at any width: beside the small experts of the other shapes they are a larger share of a step.
     Before decoding, the caches are filled up to the context: keys and values with random numbers, Expert
-    Caches with scores spread as the gates' are. Prefill reads a real prompt, where that takes seconds. Memory
-    is of weights and caches. The paper says 139.41 tokens/s against 141.23, and 18.35 GB against 18.21.
+    Caches with scores spread as the gates' are. A median passes over the one step in 65 that merges the
+    buffers of the Expert Caches: the part "cache" counts it in. Prefill reads a real prompt, but not where
+    that takes long. Memory is worked out: weights and caches. The paper says 139.41 tokens/s against 141.23,
+    and 18.35 GB against 18.21.
     """
     rows, given = [], bench.config
     for shape in [given.shape] if given.shape else ["heavy", "small", "tiny"]:
@@ -391,15 +401,15 @@ def decode_row(bench: Bench, model: MoEGPT, batch_size: int, context: int) -> di
     calls = {name: lambda name=name: chunks[name].append(next(streams[name])) for name in caches}
     times = bench.interleave(calls, 2)
     step = {name: median(taken) for name, taken in times.items()}
-    experts = [torch.cat([c.experts for c in chunks[name]]).float().mean().item() for name in caches]
+    experts = torch.cat([chunk.experts for chunk in chunks[ours]]).float().mean().item()
     weights, (small, large) = sum(p.nbytes for p in model.parameters()), (caches[base], caches[ours])
     memory = weights + small.kv_nbytes
     return {
         "topk tokens/s": batch_size / step[base],
-        "seqtopk": batch_size / step[ours],
+        "online tokens/s": batch_size / step[ours],
         "speed/topk": ratio(times[base], times[ours]),
         "extra us per layer": (step[ours] - step[base]) / model.config.n_layer * 1e6,
-        "experts per token": "{:.2f}, {:.2f}".format(*experts),
+        "experts per token": experts,
         **prefill,
         "KV MB": large.kv_nbytes / 1e6,
         "expert MB": large.expert_nbytes / 1e6,
@@ -432,10 +442,12 @@ def fill(bench: Bench, model: MoEGPT, caches: dict, batch_size: int, context: in
 
 
 def bench_cache(bench: Bench) -> list[dict]:
-    """A step of one layer's Expert Cache, by the number of past tokens: mean of the steps between two merges.
+    """A step of one layer's Expert Cache, by the number of past tokens: mean of 65, of which one merges.
 
-    Each cache is as large as it must be. A step that looked at all of the past would cost 128 times as much
-    at 16,384 tokens as at 128. "ranking anew" is the definition: SeqTopK on all scores so far, at every step.
+    A cache of n tokens costs little at 64 steps; then one step merges their candidates into a sorted buffer
+    of all n, which costs the more the larger n is. The mean is what a token costs. Each cache is as large as
+    it must be. A step that looked at all of the past would cost 128 times as much at 16,384 tokens as at 128.
+    "ranking anew" is the definition: SeqTopK on all scores so far, at every step.
     """
     size = bench.sized(n_expert=64, k=8, tokens=16384)
     lengths = [n for n in (128, 512, 1024, 4096, 16384) if n <= size.tokens] or [size.tokens]
@@ -444,20 +456,20 @@ def bench_cache(bench: Bench) -> list[dict]:
 
 
 def cache_rows(bench: Bench, batch_size: int, lengths: list[int], n_expert: int, k: int) -> list[dict]:
-    scores = bench.scores(batch_size, max(lengths) + BLOCK, n_expert)
+    scores = bench.scores(batch_size, max(lengths) + CYCLE, n_expert)
     full, used, base, anew = {}, {}, lengths[0], min(1024, lengths[-1])
     for past in lengths:
-        full[past] = ExpertCache(batch_size, past + BLOCK, k, n_expert, device=bench.device)
+        full[past] = ExpertCache(batch_size, past + CYCLE, k, n_expert, device=bench.device)
         full[past].select(scores[:, :past])
 
     def steps(past: int) -> None:
-        for token in range(past, past + BLOCK):
+        for token in range(past, past + CYCLE):
             used[past].select(scores[:, token : token + 1])
 
     calls = {past: partial(steps, past) for past in lengths}
     calls["anew"] = partial(seqtopk, scores[:, : anew + 1], k)
     times = bench.interleave(calls, 5, lambda past: used.update({past: copy.deepcopy(full.get(past))}))
-    times |= {past: [seconds / BLOCK for seconds in times[past]] for past in lengths}
+    times |= {past: [seconds / CYCLE for seconds in times[past]] for past in lengths}
     rows = []
     for past in lengths:
         row = {"what": f"batch {batch_size}, {past} past tokens", "us per step": median(times[past]) * 1e6}
@@ -479,16 +491,19 @@ def bench_peers(bench: Bench) -> list[dict]:
         print("skipped: transformers is not installed (pip install transformers)")
         return []
     size = bench.sized(batch_size=8, tokens=bench.shape("peers").block_size)
+    torch.cuda.empty_cache()  # what earlier parts have left: the processes need it
     peers = {kind: Peer(bench.config, kind) for kind in ("ours", "eager", "grouped_mm")}
     goals = (1.5, 8) if bench.gpu else (1.3, 4)
     works = {"training": size.batch_size * size.tokens, "generation": size.tokens // 2}
     rows = []
-    for (work, tokens), goal in zip(works.items(), goals):
-        calls = {kind: partial(peer.do, work) for kind, peer in peers.items()}
-        times = bench.interleave(calls, 20, clock=lambda call: call())
-        rows += peer_rows(f"{work}, {tokens} tokens", tokens, times, goal)
-    for peer in peers.values():
-        peer.do(None)
+    try:
+        for (work, tokens), goal in zip(works.items(), goals):
+            calls = {kind: partial(peer.do, work) for kind, peer in peers.items()}
+            times = bench.interleave(calls, 20, clock=lambda call: call())
+            rows += peer_rows(f"{work}, {tokens} tokens", tokens, times, goal)
+    finally:
+        for peer in peers.values():
+            peer.process.terminate()
     return rows
 
 
@@ -497,27 +512,46 @@ class Peer:
 
     def __init__(self, config: BenchConfig, kind: str):
         context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
+        self.kind, (self.connection, other) = kind, context.Pipe()
         self.process = context.Process(target=serve, args=(other, config, kind), daemon=True)
         self.process.start()
         other.close()
 
-    def do(self, work: str | None) -> float | None:
-        """Seconds that the work took, once; None ends the process. Raises EOFError if it has ended before."""
-        self.connection.send(work)
-        return self.connection.recv() if work else self.process.join()
+    def do(self, work: str) -> float:
+        """Seconds that the work took, once. Raises RuntimeError if it failed, or if the process has ended."""
+        try:
+            self.connection.send(work)
+            said = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            said = f"its process ended with exit code {self.process.exitcode}"
+        if isinstance(said, str):
+            raise RuntimeError(f"{self.kind}: {said}")
+        return said
 
 
 def serve(connection, config: BenchConfig, kind: str) -> None:
-    """What the process of a Peer does."""
+    """What the process of a Peer does: it says how long each work took, or what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C, the process that started this one ends it
+    try:
+        works = peer_works(config, kind)
+        while True:
+            connection.send(works[connection.recv()]())
+    except EOFError:  # nobody asks any more
+        return
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+def peer_works(config: BenchConfig, kind: str) -> dict[str, Callable[[], float]]:
+    """Work -> a function that does it once and tells the seconds."""
     bench = make_bench(config)
     torch.manual_seed(config.seed)
     shape = bench.shape("peers")
     size = bench.sized(batch_size=8, tokens=shape.block_size)
     text = bench.text(shape.vocab_size, size.batch_size, size.tokens + 1)
     works = our_works(bench, shape, text) if kind == "ours" else their_works(bench, shape, text, kind)
-    for work in iter(connection.recv, None):
-        connection.send(bench.seconds(works[work]))
+    return {name: partial(bench.seconds, work) for name, work in works.items()}
 
 
 def our_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callable]:
@@ -939,10 +973,14 @@ def main(argv: list[str]) -> None:
         except RuntimeError as error:  # of torch, such as too little memory; other parts may still do
             print(f"{name} failed: {error}")
             report["failed"].append(name)
-    if config.plot:
-        draw(report, config.plot)
+        except KeyboardInterrupt:  # what has been measured is kept
+            print(f"{name} was stopped")
+            report["failed"].append(name)
+            break
     if config.json:
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+    if config.plot:
+        draw(report, config.plot)
     print("\n" + json.dumps(report))
     sys.exit(bool(report["failed"]))
 

@@ -8,8 +8,8 @@ Pre-norm RMSNorm, RoPE, SwiGLU experts, untied head. Pretrained OLMoE, Qwen and 
     V  vocabulary                 L  layers that have experts
 
 The path of a token through one layer: gate -> scores -> router (router.py) -> mask -> the pairs sorted by
-expert -> two grouped matrix products -> back to the tokens, times the scores. Nothing on it waits for the
-host: a router with a known budget gives every tensor a shape that does not depend on the data.
+expert -> two grouped matrix products, times the scores in between -> back to the tokens. Nothing on it waits
+for the host: a router with a known budget gives every tensor a shape that does not depend on the data.
 """
 
 import importlib
@@ -337,8 +337,8 @@ def run_few_pairs(
     """`run_experts` for so few pairs on a CPU that reading weights is all the work: a step of decoding.
 
     One row times a matrix is a weighted sum of the matrix's rows, and embedding_bag adds up rows where they
-    lie. Each of N places has P bags; where the pairs are fewer, empty bags are spread among the full ones,
-    since threads share out the bags, and not the work.
+    lie. A pair is P bags, which hold a P-th of the rows each. Where the pairs are fewer than N, empty
+    bags lie among the full ones, since threads get equal numbers of bags, whatever is in them.
     """
     (S, E), P = mask.shape, 4
     pair = mask.nonzero() if size is None else torch.nonzero_static(mask, size=size, fill_value=E)
@@ -393,6 +393,7 @@ class MoE(nn.Module):
         w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)  # grouped_mm knows nothing of autocast
         size = self.max_pairs(B * T, context)
         tokens, mask_s, weight_s = x.reshape(-1, C).to(dtype), mask.flatten(0, 1), weight.flatten(0, 1)
+        # at most as many pairs as experts: hardly any weight is read twice
         few = x.is_cpu and not torch.is_grad_enabled() and B * T * self.config.k <= self.config.n_expert
         run = run_few_pairs if few else run_experts
         y = run(tokens, mask_s, weight_s, w_in, w_out, size).to(x.dtype).view(B, T, C)

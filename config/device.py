@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -54,7 +55,19 @@ def keep_freed_memory() -> None:
     It would give each back to the system, which fills in fresh memory page by page at the next use: about a
     tenth to a fifth of a training step on a CPU (EXPERIMENTS.md).
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+    if mallopt := glibc("mallopt"):
         M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+        if not mallopt(M_MMAP_THRESHOLD, 2**30):  # older releases refuse more than 32 MB
+            mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Undo what keep_freed_memory has kept so far, so that the process holds what its tensors need."""
+    if malloc_trim := glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+def glibc(name: str) -> Callable | None:
+    """That function of the C library, where it is glibc."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bench
+import config.device
 import data
 from bench import Bench, BenchConfig
 from config import bad_input_exits
@@ -73,6 +74,18 @@ def test_interleave_takes_turns_and_drops_the_warm_up(toy):
     assert times == {"A": [3.0, 5.0, 7.0, 9.0, 11.0], "B": [4.0, 6.0, 8.0, 10.0, 12.0]}
 
 
+def test_the_peak_of_a_call_leaves_out_what_others_have_freed():
+    """A small call after a large one has a small peak, on a CPU too, where freed memory is kept."""
+    config.device.keep_freed_memory()
+    measure = Bench(BenchConfig(), torch.device("cpu"), torch.float32, False)
+    large, small = (
+        measure.peak_gb(lambda n=n: [torch.ones(2**20) for _ in range(n)]) for n in (100, 1)
+    )  # of 4 MB
+    if large is None:
+        pytest.skip("this system does not tell")
+    assert 0.3 < large - small < 0.5
+
+
 def test_wilson_interval_by_hand():
     """8 of 10 is the textbook's example: 0.490 to 0.943; none and all stay within 0 and 1."""
     assert bench.wilson(8, 10) == pytest.approx([0.8, 0.4902, 0.9433], abs=1e-4)
@@ -86,7 +99,15 @@ FIELDS = {
     "router": {"ms", "us per token", "time/topk"},
     "layer": {"ms", "GFLOP/s", "of matmul", "speed/dense"},
     "train": {"tokens/s", "GFLOP/s", "MFU %", "peak GB", "time/topk", "paper"},
-    "decode": {"topk tokens/s", "seqtopk", "speed/topk", "prefill tokens/s", "KV MB", "expert MB", "paper"},
+    "decode": {
+        "topk tokens/s",
+        "online tokens/s",
+        "speed/topk",
+        "prefill tokens/s",
+        "KV MB",
+        "expert MB",
+        "paper",
+    },
     "cache": {"us per step", "time/16"},
     "peers": {"ours tokens/s", "theirs", "speed/theirs"},
 }
@@ -122,11 +143,39 @@ def test_rows_name_all_that_is_compared(run):
     ]
 
 
+@pytest.mark.parametrize("past", [1, 64, 100])
+def test_one_of_the_steps_that_the_cache_is_timed_at_merges(past):
+    """However many tokens came before, the mean of CYCLE steps holds a merge's cost once."""
+    cache = bench.ExpertCache(2, past + bench.CYCLE, 2, 8)
+    scores = torch.rand(2, past + bench.CYCLE, 8)
+    cache.select(scores[:, :past])
+    merged = [cache.n_sorted]
+    for token in range(past, past + bench.CYCLE):
+        cache.select(scores[:, token : token + 1])
+        merged.append(cache.n_sorted)
+    assert len(set(merged)) == 2
+
+
 def test_peers_without_transformers_is_a_line(run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     report, out = run("peers", *TOY)
     assert "skipped: transformers is not installed (pip install transformers)" in out
     assert report["parts"] == {"peers": []}
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("cuda:99", "ours: ValueError: device is cuda:99"), ("cpu", "-9")]
+)
+def test_a_peer_that_fails_or_dies_is_a_line(device, words):
+    """Whoever asks it for work gets one line that says what went wrong, and need not wait."""
+    peer = bench.Peer(BenchConfig(device=device), "ours")
+    if device == "cpu":
+        peer.process.kill()
+    with pytest.raises(RuntimeError) as error:
+        peer.do("training")
+    assert words in str(error.value) and "\n" not in str(error.value)
+    peer.process.join(10)
+    assert peer.process.exitcode is not None
 
 
 def test_decoding_is_measured_at_the_context_it_says():
@@ -140,6 +189,20 @@ def test_decoding_is_measured_at_the_context_it_says():
         assert cache.kv[0].k[:, :, :300].abs().sum(-1).all()
     _, _, stats = model(torch.randint(64, (2, 20)), cache=caches["online_seqtopk"])
     assert 1.7 <= stats.experts.float().mean() <= 2.3
+
+
+def test_ctrl_c_keeps_what_has_been_measured(capsys, monkeypatch):
+    """The parts before the one that was stopped are in the last line; those after it do not start."""
+
+    def stop(measure):
+        """Stops."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "PARTS", {"cache": bench.bench_cache, "stopped": stop, "router": stop})
+    with pytest.raises(SystemExit) as end:
+        bench.main(TOY)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert end.value.code == 1 and report["failed"] == ["stopped"] and report["parts"]["cache"]
 
 
 def test_a_part_out_of_memory_leaves_the_others(capsys, monkeypatch):
