@@ -320,7 +320,7 @@ def bench_train(bench: Bench) -> list[dict]:
     text = bench.text(model.config.vocab_size, size.batch_size, size.tokens + 1)
     step = train_step(model, bench.compiled(model), text, bench.dtype)
     calls = {name: partial(step, name) for name in ROUTERS}
-    times = bench.interleave(calls, 40)
+    times = bench.interleave(calls, 30)
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
     known = (peak for name, peak in PEAKS.items() if name in bench.machine and bench.dtype != torch.float32)
     peak_flops = next(known, None)
@@ -336,7 +336,7 @@ def bench_train(bench: Bench) -> list[dict]:
 
 
 def train_step(model: MoEGPT, forward: Callable, text: Tensor, dtype: torch.dtype) -> Callable[[str], None]:
-    """A function of the router's name that does what train.py does in an iteration on text (B, T+1)."""
+    """A function of the router's name: the work of train.py in an iteration on text (B, T+1), data apart."""
     update = updater(model)
 
     def step(router: str) -> None:
@@ -499,7 +499,7 @@ def bench_peers(bench: Bench) -> list[dict]:
     try:
         for (work, tokens), goal in zip(works.items(), goals):
             calls = {kind: partial(peer.do, work) for kind, peer in peers.items()}
-            times = bench.interleave(calls, 20, clock=lambda call: call())
+            times = bench.interleave(calls, 15, clock=lambda call: call())
             rows += peer_rows(f"{work}, {tokens} tokens", tokens, times, goal)
     finally:
         for peer in peers.values():
@@ -566,7 +566,7 @@ def our_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callabl
 
 
 def their_works(bench: Bench, shape: MoEConfig, text: Tensor, experts: str) -> dict[str, Callable]:
-    model = make_olmoe(shape).to(bench.device, bench.dtype)
+    model = make_olmoe(shape).to(bench.device, bench.dtype).eval()  # it has no dropout that would train
     model.set_experts_implementation(experts)
     forward, update = bench.compiled(model, fullgraph=False), updater(model)
     prompt = text[:1, : text.shape[1] // 2].contiguous()
@@ -907,15 +907,20 @@ def draw(report: dict, path: str) -> None:
 
 def readme_table(folder: Path) -> str:
     """Markdown: what was aimed at, and what each machine in `folder` gave. Raises ValueError if none did."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    require(bool(reports), str(folder), "empty", "filled first: python bench.py --json=results/NAME.json")
+    paths = sorted(folder.glob("*.json"))
+    require(bool(paths), str(folder), "empty", "filled first: python bench.py --json=results/NAME.json")
     table: dict[tuple, dict[str, str]] = {}
-    for report in reports:
+    for path in paths:
+        try:
+            report = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"{path} holds no results: measure again, or delete it") from None
+        machine = f"{path.stem} ({report['machine']}, {report['dtype']})"
         for part, row in ((part, row) for part, rows in report["parts"].items() for row in rows):
             key = next(filter(is_ratio, row), None)
             if key and (row.get("aim") or row.get("paper")):
                 line = (f"`{part}`", row["what"], key, cell(row.get("aim")), cell(row.get("paper")))
-                table.setdefault(line, {})[f"{report['machine']}, {report['dtype']}"] = cell(row[key])
+                table.setdefault(line, {})[machine] = cell(row[key])
     machines = list(dict.fromkeys(machine for found in table.values() for machine in found))
     head = ["`python bench.py`", "of what", "ratio", "aim", "paper", *machines]
     body = [[*line, *(found.get(machine, "-") for machine in machines)] for line, found in table.items()]
@@ -970,7 +975,9 @@ def main(argv: list[str]) -> None:
     for name in names:
         try:
             report["parts"][name] = run_part(name, bench)
-        except RuntimeError as error:  # of torch, such as too little memory; other parts may still do
+        except (RuntimeError, ValueError) as error:  # too little memory, say; other parts may still do
+            if isinstance(error, ValueError) and names == [name]:
+                raise
             print(f"{name} failed: {error}")
             report["failed"].append(name)
         except KeyboardInterrupt:  # what has been measured is kept

@@ -545,8 +545,9 @@ class MoEGPT(nn.Module):
         if not routings:
             zero = torch.zeros((), device=idx.device)
             return Stats(zero, zero, idx.new_zeros(0, self.config.n_expert), idx.new_zeros(0, *idx.shape))
-        logits, scores, mask = (torch.stack(values) for values in zip(*routings, strict=True))  # (L, B, T, E)
-        balance = torch.stack([load_balance_loss(*layer) for layer in zip(scores, mask, strict=True)])
+        balance = torch.stack([load_balance_loss(routing.scores, routing.mask) for routing in routings])
+        logits = torch.stack([routing.logits for routing in routings])  # (L, B, T, E)
+        mask = torch.stack([routing.mask for routing in routings])
         return Stats(balance.mean(), z_loss(logits), mask.sum((1, 2)), mask.sum(-1))
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None, router: str | None = None) -> Cache:
