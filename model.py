@@ -69,11 +69,8 @@ class MoEConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("vocab_size", "shared_hidden", "n_dense_layer"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name, allowed in (
-            ("router", ROUTERS),
-            ("score_fn", SCORES),
-            ("qk_norm", ("none", "head", "full")),
-        ):
+        choices = {"router": ROUTERS, "score_fn": SCORES, "qk_norm": ("none", "head", "full")}
+        for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
         for name in ("n_kv_head", "head_width", "dense_hidden"):
             value = getattr(self, name)
@@ -82,12 +79,8 @@ class MoEConfig:
         require(whole, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
         width = "head_width" if self.head_width else "n_embd / n_head"
         require(self.head_dim % 2 == 0, width, self.head_dim, "even, for RoPE")
-        require(
-            self.n_head % self.kv_heads == 0,
-            "n_kv_head",
-            self.kv_heads,
-            f"a divisor of n_head = {self.n_head}",
-        )
+        divides = self.n_head % self.kv_heads == 0
+        require(divides, "n_kv_head", self.kv_heads, f"a divisor of n_head = {self.n_head}")
         for name in ("n_embd", "n_hidden"):  # rows of 16 bytes in bfloat16, as grouped_mm asks
             require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
