@@ -47,7 +47,7 @@ import data
 from config import bad_input_exits, parse
 from config.device import give_back_freed_memory, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from data import AnyTokenizer
-from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of
+from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of, result_of
 from data.pairs.prepare import Pair, read_pairs
 from data.source import read_text
 from model import MLP, Cache, Chunk, Context, MoE, MoEConfig, MoEGPT, load_checkpoint, require
@@ -84,7 +84,7 @@ class BenchConfig:
     n_embd: int | None = None  # model width
     n_hidden: int | None = None  # hidden width of one expert
     n_expert: int | None = None  # experts per layer
-    k: int | None = None  # experts per token on average
+    k: int | None = None  # experts per token on average; arithmetic, gsm8k: instead of the model's own
     effort: float = 1.0  # 2 measures twice as long, 0 for five rounds
     init_from: str | None = None  # arithmetic, gsm8k, switch: a run, a checkpoint, or a Hugging Face model
     out_dir: str | None = None  # the same, for a run (none of both: the run of config/NAME.py for that task)
@@ -668,11 +668,11 @@ def continuations(tokenizer: AnyTokenizer, chunks: list[Chunk]) -> list[str]:
 def open_model(bench: Bench, run: str) -> tuple[MoEGPT, AnyTokenizer, Path]:
     """The model of init_from, of out_dir or else of `run`, its tokenizer, and the folder of the run.
 
-    A Hugging Face model has no such folder, and gets out/MODEL.
+    A Hugging Face model has no such folder, and gets out/MODEL. A `k` that was given replaces the model's.
     """
     name = bench.config.init_from or bench.config.out_dir or run
     if name == bench.config.init_from and data.is_hugging_face(name):
-        tokenizer, model = data.hf_tokenizer(name), MoEGPT.from_pretrained(name)
+        tokenizer, model = data.hf_tokenizer(name), MoEGPT.from_pretrained(name, bench.device)
         folder = Path("out") / Path(name).resolve().name
     else:
         path = Path(name)
@@ -680,7 +680,8 @@ def open_model(bench: Bench, run: str) -> tuple[MoEGPT, AnyTokenizer, Path]:
         checkpoint, folder = load_checkpoint(path), path.parent
         tokenizer = data.make_tokenizer(checkpoint.get("tokenizer"))
         model = MoEGPT.from_checkpoint(checkpoint)
-    return model.to(bench.device).cast(bench.dtype).eval(), tokenizer, folder
+    model = model.to(bench.device).cast(bench.dtype).eval()
+    return with_k(model, bench.config.k) if bench.config.k else model, tokenizer, folder
 
 
 def bench_gsm8k(bench: Bench) -> list[dict]:
@@ -710,8 +711,10 @@ def bench_gsm8k(bench: Bench) -> list[dict]:
             append_answers(folder / name, new)
             done |= new
             bar.update(len(some))
-    right = [is_correct(done[prompt][0], result_of(p.answer)) for prompt, p in zip(prompts, problems)]
-    row = {"what": f"{folder}, router {router}, {config.shots} examples", "problems": len(right)}
+    texts = (done[prompt][0].partition("\nQuestion:")[0] for prompt in prompts)  # not of the next question
+    right = [is_correct(text, result_of(p.answer)) for text, p in zip(texts, problems, strict=True)]
+    what = f"{folder}, K={model.config.k}, router {router}, {config.shots} examples"
+    row = {"what": what, "problems": len(right)}
     row["exact match"] = wilson(sum(right), len(right))
     return [row | {"experts per token": mean(done[prompt][1] for prompt in prompts)}]
 
@@ -722,13 +725,9 @@ def read_test(path: Path) -> list[Pair]:
         raise ValueError(f"{path} is missing: make it with data/gsm8k/prepare.py")
     problems = read_pairs(path, "question", "answer")
     for number, problem in enumerate(problems, start=1):
-        found = FINAL_ANSWER.search(problem.answer)
-        require(bool(found), f"answer {number} in {path}", "without a result", "one that has #### NUMBER")
+        found = result_of(problem.answer) is not None
+        require(found, f"answer {number} in {path}", "without a result", "one that has #### NUMBER")
     return problems
-
-
-def result_of(text: str) -> int:
-    return int(FINAL_ANSWER.search(text)[1].replace(",", ""))
 
 
 def examples(dataset: data.Dataset, shots: int) -> str:

@@ -69,11 +69,8 @@ class MoEConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("vocab_size", "shared_hidden", "n_dense_layer"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name, allowed in (
-            ("router", ROUTERS),
-            ("score_fn", SCORES),
-            ("qk_norm", ("none", "head", "full")),
-        ):
+        choices = {"router": ROUTERS, "score_fn": SCORES, "qk_norm": ("none", "head", "full")}
+        for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
         for name in ("n_kv_head", "head_width", "dense_hidden"):
             value = getattr(self, name)
@@ -82,12 +79,8 @@ class MoEConfig:
         require(whole, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
         width = "head_width" if self.head_width else "n_embd / n_head"
         require(self.head_dim % 2 == 0, width, self.head_dim, "even, for RoPE")
-        require(
-            self.n_head % self.kv_heads == 0,
-            "n_kv_head",
-            self.kv_heads,
-            f"a divisor of n_head = {self.n_head}",
-        )
+        divides = self.n_head % self.kv_heads == 0
+        require(divides, "n_kv_head", self.kv_heads, f"a divisor of n_head = {self.n_head}")
         for name in ("n_embd", "n_hidden"):  # rows of 16 bytes in bfloat16, as grouped_mm asks
             require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
@@ -676,10 +669,10 @@ class MoEGPT(nn.Module):
         them, little memory is used. Raises ValueError for an architecture that model.py does not have, and
         for files that are missing, damaged or do not fit.
         """
-        folder = hf_folder(name_or_path)
-        config, family = read_config(folder)
+        config, family = read_config(hf_folder(name_or_path, "config.json"))
         with torch.device("meta"):
             model = cls(replace(config, **changes))
+        folder = hf_folder(name_or_path, "model*.safetensors*")  # gigabytes: only of what can be opened
         paths, outlines = file_tensors(folder)
         check_shapes(file_views(model, family), outlines, folder)
         model.cast(outlines[family.names["embedding.weight"]].dtype).to_empty(device=device)
@@ -889,7 +882,7 @@ ROUTING = ("router", "min_experts", "max_experts", "strict")  # no part of a fil
 
 def pretrained_config(name_or_path: str | Path) -> MoEConfig:
     """The architecture of a Hugging Face checkpoint, under topk. Errors as in MoEGPT.from_pretrained."""
-    return read_config(hf_folder(name_or_path))[0]
+    return read_config(hf_folder(name_or_path, "config.json"))[0]
 
 
 def optional(package: str) -> ModuleType:
@@ -900,12 +893,11 @@ def optional(package: str) -> ModuleType:
         raise ValueError(f"a Hugging Face checkpoint needs {package}: {remedy}") from None
 
 
-def hf_folder(name_or_path: str | Path) -> Path:
-    """The folder of that name, or else one with what is needed of the model of that name on the Hub."""
+def hf_folder(name_or_path: str | Path, files: str) -> Path:
+    """The folder of that name, or else one with these files of the model of that name on the Hub."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     hub = optional("huggingface_hub")
-    files = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
     try:
         return Path(hub.snapshot_download(str(name_or_path), allow_patterns=files))
     except Exception as error:  # the library's errors are many, and long
@@ -917,10 +909,10 @@ def hf_folder(name_or_path: str | Path) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: this is not a Hugging Face checkpoint") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
 
 
@@ -976,8 +968,8 @@ def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
     """
     safetensors, paths, outlines = optional("safetensors"), {}, {}
     index = folder / "model.safetensors.index.json"
-    shards = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
-    for path in sorted(folder / shard for shard in shards):
+    shards = read_json(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
+    for path in sorted({folder / shard for shard in shards}):
         if not path.is_file():
             remedy = "fetch it, or, if the folder has .bin files, save it anew with transformers"
             raise ValueError(f"{path.name} is missing in {folder}: {remedy}")

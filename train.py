@@ -94,6 +94,8 @@ class TrainConfig(MoEConfig):
             require(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(allowed))
         routed = any(map(self.has_experts, range(self.n_layer)))
         require(routed or self.train_only == "all", "train_only", "router", "all in a dense model")
+        finer = self.weights_dtype == "bfloat16" and self.dtype == "float32"
+        require(not finer, "dtype", "float32", "auto, bfloat16 or float16 for weights_dtype=bfloat16")
 
     @property
     def tokens_per_iter(self) -> int:
@@ -223,6 +225,8 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     """Build the run and print what was chosen and why. Raises ValueError for a device that is not there."""
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_dtype(config.dtype, device)
+    if dtype == torch.float32 and config.weights_dtype == "bfloat16":  # no autocast: as if it were bfloat16
+        dtype, dtype_reason = torch.bfloat16, "that of the weights"
     compiled, compile_reason = pick_compile(config.compile, device, dtype)
     if device.type == "cpu":
         keep_freed_memory()
@@ -659,6 +663,7 @@ def main(argv: list[str]) -> None:
         config, dataset = open_dataset(config, checkpoint)
         run = set_up(config, dataset, checkpoint)
         prepare_out_dir(config)
+        del checkpoint  # the run has its own copy, and these may be many gigabytes
     print(describe(run))
     try:
         if run.step < config.max_iters:

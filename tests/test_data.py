@@ -922,6 +922,7 @@ def test_pairs(rows, tmp_path):
     [
         ("", "holds 0 pairs"),
         ('\n{"ask": "a", "say": "b"}\n', "holds 1 pairs"),
+        ('{"ask": "a", "say": "b"}\n{"ask": "a", "say": "c"}', "all pairs have the same prompt"),
         ('{"ask": "a", "say": "b"}\n{"ask": "a"}', r"line 2 has no field 'say'; its fields are 'ask'"),
         ('{"ask": "a", "say": "b"}\n\n{"ask": "a"', r"line 3 is not JSON"),
         ('["a", "b"]', r"line 1 is not a JSON object"),

@@ -194,6 +194,14 @@ def test_the_gates_alone_learn(weights_dtype):
     assert sum(p.grad is not None for p in model.parameters()) == len(gates)
 
 
+def test_bfloat16_weights_are_computed_with_as_such(capsys):
+    """On a CPU, where float32 is the choice for other weights, the dtype in use is printed."""
+    run = train.set_up(tiny(weights_dtype="bfloat16", device="cpu"), None, None)
+    assert run.dtype == torch.bfloat16
+    assert "dtype     bfloat16 (that of the weights)" in capsys.readouterr().out
+    assert train.set_up(tiny(device="cpu"), None, None).dtype == torch.float32
+
+
 # -------- the whole way
 
 
@@ -349,7 +357,7 @@ def test_exact_match(tuned, dataset, capsys, shots, monkeypatch):
 
 
 def test_right_answers_are_counted(problems, tmp_path, capsys, monkeypatch):
-    """Exact match compares the first number after #### with the official one, commas or not."""
+    """Exact match compares the first number after #### and before another question with the official one."""
     gsm8k.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "data"))
     run = tmp_path / "run"
     train.main(flags(**TRAIN | {"max_iters": 1}, dataset=tmp_path / "data", out_dir=run))
@@ -358,12 +366,17 @@ def test_right_answers_are_counted(problems, tmp_path, capsys, monkeypatch):
     wrong = bench.prompt_of(tested[0].prompt)
 
     def answer(model, tokenizer, prompts, room, router):
-        return [(" #### 1,0" if prompt == wrong else f" {right[prompt]}\n#### 7", 2.0) for prompt in prompts]
+        answers = [f" {right[prompt]}\n#### 7" for prompt in prompts]
+        if wrong in prompts:  # the right number, but below another question
+            answers[prompts.index(wrong)] = f" #### $1\n\nQuestion: And?\nAnswer: {right[wrong]}"
+        return [(text, 2.0) for text in answers]
 
     monkeypatch.setattr(bench, "answer", answer)
     [row] = measure(capsys, "gsm8k", *flags(out_dir=run, dataset=tmp_path / "data"))["gsm8k"]
     assert row["problems"] == len(tested) > 1 and row["experts per token"] == 2
     assert row["exact match"][0] == pytest.approx(1 - 1 / len(tested), rel=1e-4)
+    [row] = measure(capsys, "gsm8k", *flags(out_dir=run, dataset=tmp_path / "data", k=3))["gsm8k"]
+    assert ", K=3, " in row["what"] and len(list(run.glob("gsm8k-*.jsonl"))) == 2
 
 
 def test_what_was_learned_is_solved(tmp_path, capsys):
@@ -457,6 +470,7 @@ def test_the_real_gsm8k(olmoe, tmp_path):
         ({"dataset": "gsm8k", "n_embd": 64}, "n_embd is 32 there and 64 here"),
         ({"train_only": "experts"}, "train_only is experts, but must be all or router"),
         ({"weights_dtype": "float16"}, "weights_dtype is float16, but must be float32 or bfloat16"),
+        ({"weights_dtype": "bfloat16", "dtype": "float32"}, "dtype is float32, but must be auto, bfloat16"),
         ({"train_only": "router", "init_from": "scratch", "n_expert": 1, "k": 1}, "all in a dense model"),
     ],
 )

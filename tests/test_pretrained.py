@@ -360,7 +360,9 @@ DAMAGES = {  # by what is done to (the folder, its first file, its second)
         "damaged",
     ),
     "index": (lambda folder, one, two: (folder / INDEX).write_text("{"), "damaged"),
+    "empty index": (lambda folder, one, two: (folder / INDEX).write_text("{}"), "is missing, but must be ("),
     "config": (lambda folder, one, two: (folder / "config.json").write_bytes(b"\xff"), "damaged"),
+    "list": (lambda folder, one, two: (folder / "config.json").write_text("[1]"), "damaged"),
     "no config": (lambda folder, one, two: (folder / "config.json").unlink(), "config.json is missing"),
     "no index": (lambda folder, one, two: (folder / INDEX).unlink(), "model.safetensors is missing"),
     "no tensor": (lambda folder, one, two: one.write_bytes(two.read_bytes()), "is missing, but must be ("),
@@ -387,20 +389,25 @@ def test_quantised_tensors_are_refused(folder):
 
 
 def test_a_name_is_fetched_from_the_hub(folder, monkeypatch):
-    """What is no folder is a name on the Hub, of which only the needed files are fetched; one line if it
-    cannot be had, and the pip command if the package is missing."""
-    asked = {}
+    """What is no folder is a name on the Hub, of which only the needed files are fetched, and the weights
+    only when config.json is one of ours; one line if it cannot be had, and the pip command if the package is
+    missing."""
+    asked = []
 
     def snapshot_download(name, allow_patterns):
-        asked.update(name=name, files=allow_patterns)
+        asked.append((name, allow_patterns))
         if name == "nobody/nothing":
             raise ConnectionError("many\nlines")
         return str(folder)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     assert pretrained_config("somebody/olmoe") == pretrained_config(folder)
-    assert asked["name"] == "somebody/olmoe" and "*.safetensors" in asked["files"]
-    assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked["files"])
+    MoEGPT.from_pretrained("somebody/olmoe")
+    assert {name for name, _ in asked} == {"somebody/olmoe"}
+    assert [files for _, files in asked] == ["config.json", "config.json", "model*.safetensors*"]
+    change_json(folder / "config.json", model_type="llama")
+    assert "llama" in refusal(MoEGPT.from_pretrained, "somebody/llama")
+    assert asked[3:] == [("somebody/llama", "config.json")]
     message = refusal(MoEGPT.from_pretrained, "nobody/nothing")
     assert all(words in message for words in ("nobody/nothing is no folder", "ConnectionError", "network"))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -92,9 +92,13 @@ def prompt_of(question: str) -> str:
 
 
 def is_correct(generated: str, result: int) -> bool:
-    """Whether the first "#### <integer>" in `generated` is `result`; commas in the integer are allowed."""
-    match = FINAL_ANSWER.search(generated)
-    return match is not None and int(match[1].replace(",", "")) == result
+    return result_of(generated) == result
+
+
+def result_of(text: str) -> int | None:
+    """The integer of the first "#### <integer>" in a text, commas in it allowed; None if there is none."""
+    match = FINAL_ANSWER.search(text)
+    return match and int(match[1].replace(",", ""))
 
 
 def normalized(question: str) -> str:

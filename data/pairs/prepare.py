@@ -98,12 +98,15 @@ def read_fields(line: str, names: Iterable[str], where: str) -> list[str]:
 
 
 def split(pairs: list[Pair], val_fraction: float) -> tuple[list[Pair], list[Pair]]:
-    """Pairs for training and validation; both get at least one."""
-    by_hash = sorted(pairs, key=lambda pair: name_hash(pair.prompt))
-    bounds = name_hash(by_hash[0].prompt), name_hash(by_hash[-1].prompt)
-    limit = min(max(val_fraction, bounds[0]), np.nextafter(bounds[1], 0))
-    val = [pair for pair in pairs if name_hash(pair.prompt) <= limit]
-    return [pair for pair in pairs if name_hash(pair.prompt) > limit], val
+    """Pairs for training and validation; both get at least one. ValueError: all have the same prompt."""
+    places = [name_hash(pair.prompt) for pair in pairs]
+    if min(places) == max(places):
+        raise ValueError("all pairs have the same prompt: give at least two, one of them to validate")
+    limit = min(max(val_fraction, min(places)), np.nextafter(max(places), 0))
+    train, val = [], []
+    for pair, place in zip(pairs, places, strict=True):
+        (val if place <= limit else train).append(pair)
+    return train, val
 
 
 def document(pair: Pair) -> str:
