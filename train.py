@@ -294,19 +294,20 @@ class RoundingAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Change the weights that have a gradient."""
+        pairs = [(group, weight) for group in self.param_groups for weight in group["params"]]
         for group in self.param_groups:
             group["step"] += 1
-            for number, weight in enumerate(group["params"]):
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state |= {"mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
-                seed = hash((group["seed"], group["step"], number, weight.dim()))
-                draw = torch.Generator(weight.device).manual_seed(seed)
-                whole = weight, state["mean"], state["square"], weight.grad
-                for piece in zip(*(tensor.view(-1).split(self.PIECE) for tensor in whole)):
-                    self._update(*piece, group, draw)
+        for number, (group, weight) in enumerate(pairs):
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state |= {"mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
+            seed = (group["seed"] + group["step"] * 2**24 + number) % 2**63
+            draw = torch.Generator(weight.device).manual_seed(seed)
+            whole = weight, state["mean"], state["square"], weight.grad
+            for piece in zip(*(tensor.view(-1).split(self.PIECE) for tensor in whole)):
+                self._update(*piece, group, draw)
 
     @staticmethod
     def _update(weight, mean, square, grad, group: dict, draw: torch.Generator) -> None:

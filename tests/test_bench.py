@@ -283,8 +283,11 @@ def test_json_is_kept_and_tabled(run, tmp_path):
     other = report | {"machine": "another"}
     (tmp_path / "new" / "b.json").write_text(json.dumps(other))
     head, _, *lines = bench.readme_table(tmp_path / "new").splitlines()
-    assert head.endswith(f"| {report['machine']}, float32 | another, float32 |")
+    assert head.endswith(f"| a ({report['machine']}, float32) | b (another, float32) |")
     assert len(lines) == 1 and "against ranking anew" in lines[0] and "at least 25" in lines[0]
+    (tmp_path / "new" / "c.json").touch()
+    with pytest.raises(ValueError, match="holds no results"):
+        bench.readme_table(tmp_path / "new")
 
 
 @pytest.mark.parametrize(
