@@ -3,6 +3,7 @@
     python bench.py                                      every part that needs no trained model, in minutes
     python bench.py decode --shape=heavy --batch_size=1  one part; --help lists the parts and the keys
     python bench.py gsm8k --init_from=allenai/OLMoE-1B-7B-0924 --shots=8
+    python bench.py quality --config=config/arithmetic_topk.py --routers=topk,seqtopk --ks=4,2 --seeds=3
     python bench.py switch --init_from=allenai/OLMoE-1B-7B-0924 --text=FILE
     python bench.py --json=results/laptop.json --plot=plots/laptop.png
     python bench.py table                                the table of README.md, from results/*.json
@@ -34,7 +35,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, median, quantiles
+from statistics import mean, median, quantiles, stdev
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,12 +55,14 @@ from model import MLP, Cache, Chunk, Context, MoE, MoEConfig, MoEGPT, load_check
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
 
 HOME = Path(__file__).parent
+RUNS = HOME / "out" / "quality"
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # steps of an Expert Cache, one of which merges its buffers
 FINAL_LINE = re.compile(FINAL_ANSWER.pattern + r"\s")  # as FINAL_ANSWER, and no more digits can follow
 CHECK_EVERY = 16  # tokens from one look for final answers to the next
 ANSWER_TOKENS = 400  # the most for an answer in gsm8k
 SWITCH_WINDOWS = 64  # of the text, in switch
+QUALITY_PROBLEMS = 60  # of each level of arithmetic
 INIT_STD = 0.02  # of the model's random weights
 HEAVY = {"n_layer": 4, "n_head": 8, "n_embd": 1024, "n_hidden": 512, "n_expert": 64, "k": 8}
 OLMOE = MoEConfig(50304, 4096, n_layer=16, n_head=16, n_embd=2048, n_hidden=1024, n_expert=64, k=8)
@@ -93,6 +96,13 @@ class BenchConfig:
     shots: int = 0  # gsm8k: solved examples in the prompt, for models that were not fine-tuned
     dataset: str = "gsm8k"  # gsm8k: where test.jsonl and the examples come from
     text: str | None = None  # switch: file with the text
+    config: str = "config/arithmetic_topk.py"  # quality: settings of train.py that all runs share
+    routers: str = ",".join(
+        ROUTERS
+    )  # quality: the routers to compare; the first is what others are compared to
+    ks: str | None = None  # quality: values of k, each compared for itself (none: the config's)
+    seeds: int = 3  # quality: runs of each kind, beginning with `seed`
+    budget: float | None = None  # quality: minutes after which no other run begins; the next call goes on
     json: str | None = None  # file to keep the results in
     plot: str | None = None  # file to draw the ratios to; needs matplotlib
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
@@ -608,22 +618,27 @@ def bench_arithmetic(bench: Bench) -> list[dict]:
     """
     config = bench.config
     model, tokenizer, folder = open_model(bench, "out/arithmetic_seqtopk")
-    lines = (data.load("arithmetic").folder / "test.jsonl").read_text().splitlines()
-    levels: dict[int, list[dict]] = {}
-    for problem in map(json.loads, lines):
-        levels.setdefault(problem["level"], []).append(problem)
-    chosen = [problem for level in sorted(levels) for problem in levels[level][: config.problems or 300]]
+    chosen = test_problems(config.problems or 300)
     size = bench.sized(batch_size=100).batch_size
     solved = []
     for start in tqdm(range(0, len(chosen), size), unit="batch", disable=None):
         solved += solve(model, tokenizer, chosen[start : start + size], config.router)
     run = f"{folder}, router {config.router or ROUTERS[model.config.router].decode}"
     rows = []
-    for level in [*sorted(levels), "all"]:
+    for level in [*sorted({problem["level"] for problem in chosen}), "all"]:
         right, experts = zip(*(s for p, s in zip(chosen, solved) if level in ("all", p["level"])))
         row = {"what": f"level {level}, {run}", "problems": len(right)}
         rows.append(row | {"exact match": wilson(sum(right), len(right)), "experts per token": mean(experts)})
     return rows
+
+
+def test_problems(per_level: int) -> list[dict]:
+    """So many test problems of each level of arithmetic, level by level."""
+    levels: dict[int, list[dict]] = {}
+    for line in (data.load("arithmetic").folder / "test.jsonl").read_text().splitlines():
+        problem = json.loads(line)
+        levels.setdefault(problem["level"], []).append(problem)
+    return [problem for level in sorted(levels) for problem in levels[level][:per_level]]
 
 
 def solve(model: MoEGPT, tokenizer: AnyTokenizer, problems: list[dict], router: str | None) -> list[tuple]:
@@ -807,6 +822,121 @@ def text_loss(bench: Bench, model: MoEGPT, tokenizer: AnyTokenizer, batches: lis
     return nats / n_tokens, nats / math.log(2) / n_bytes, pairs / n_tokens
 
 
+@dataclass(frozen=True)
+class Arm:
+    """One kind of run in a comparison."""
+
+    name: str
+    settings: tuple[str, ...]  # of train.py, beyond those that all share
+    base: str  # name of the arm that it is compared to
+
+
+def bench_quality(bench: Bench) -> list[dict]:
+    """Routers compared by training: same config, data order, initial weights and budget k, several seeds.
+
+    "nats" and "bits/byte" are causal: validation under what decodes, as a user of the model would get it.
+    "as trained" is under the router itself, and "leak" what that gains by seeing the future. "to base" is the
+    difference to the first router for the same k and seed, with the standard error of its mean over seeds, as
+    is all behind a +-. Load: entropy of the experts' shares (1: uniform), variance of share * E (0: uniform),
+    experts without any token. Runs are kept in out/quality, and what is finished is not run again.
+    """
+    routers, ks = bench.config.routers.split(","), (bench.config.ks or "").split(",")
+    for name in routers:
+        require(name in ROUTERS, "routers", name, f"of {', '.join(ROUTERS)}, with commas between")
+    arms = []
+    for k in ks:
+        names = {router: f"{router}, k={k}" if k else router for router in routers}
+        more = (f"--k={k}",) if k else ()
+        arms += [Arm(names[r], (f"--router={r}", *more), names[routers[0]]) for r in routers]
+    return compare(bench, arms)
+
+
+def compare(bench: Bench, arms: list[Arm]) -> list[dict]:
+    """Train what is not trained yet, seed by seed, and put the figures of each arm into a row."""
+    config, figures = bench.config, {arm.name: {} for arm in arms}
+    end = time.monotonic() + 60 * (math.inf if config.budget is None else config.budget)
+    seeds = range(config.seed, config.seed + config.seeds)
+    for seed, arm in tqdm([(seed, arm) for seed in seeds for arm in arms], unit="run", disable=None):
+        folder = RUNS / run_name(config.config, arm, seed)
+        found = folder / "quality.json"
+        if not found.is_file() and time.monotonic() < end and train_run(config.config, arm, seed, folder):
+            found.write_text(json.dumps(run_figures(bench, folder)))
+        if found.is_file():
+            figures[arm.name][seed] = json.loads(found.read_text())
+        else:
+            tqdm.write(f"missing: {arm.name}, seed {seed}")
+    return [quality_row(arm.name, figures[arm.name], figures[arm.base]) for arm in arms if figures[arm.name]]
+
+
+def run_name(config: str, arm: Arm, seed: int) -> str:
+    """Another name for other settings: a config that has changed since has runs of its own."""
+    settings = runpy.run_path(config)
+    shared = sorted((key, str(value)) for key, value in settings.items() if not key.startswith("_"))
+    digest = hashlib.sha256(f"{shared} {arm.settings}".encode()).hexdigest()[:8]
+    words = re.sub(r"[^a-z0-9_]+", "-", arm.name)
+    return f"{Path(config).stem}-{words}-seed{seed}-{digest}"
+
+
+def train_run(config: str, arm: Arm, seed: int, folder: Path) -> bool:
+    """Do or finish a run of train.py; False, and a line that says why, if it fails."""
+    resume = ["--init_from=resume"] if (folder / "last.pt").is_file() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HOME / "train.py"), config, *arm.settings, f"--seed={seed}", *resume]
+    with open(folder / "train.txt", "a") as output:
+        command += [f"--out_dir={folder}", "--sample_tokens=0"]
+        code = subprocess.run(command, cwd=HOME, stdout=output, stderr=output).returncode
+    if code:
+        last = (folder / "train.txt").read_text().strip().splitlines()[-1:]
+        tqdm.write(f"{arm.name}, seed {seed} failed: {' '.join(last)} (more in {folder / 'train.txt'})")
+    return code == 0
+
+
+def run_figures(bench: Bench, folder: Path) -> dict[str, float]:
+    """What a finished run of train.py has come to, by its log and its last checkpoint."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    checkpoint = load_checkpoint(folder / "last.pt")
+    settings = checkpoint["train_config"]
+    result = [line for line in lines if line["kind"] == "eval"][-1]
+    causal, as_trained = result["causal"], result["as_trained"]
+    per_step = [settings[key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")]
+    rate = median(line["tokens_per_second"] for line in lines if line["kind"] == "train") / math.prod(
+        per_step
+    )
+    figures = {"nats": causal["loss"], "bits/byte": causal["bpb"], "as trained": as_trained["loss"]}
+    figures["leak"] = causal["loss"] - as_trained["loss"]
+    if "experts" in causal:
+        figures |= {"experts per token": causal["experts"][0], "load entropy": causal["entropy"]}
+        figures |= {"load variance": causal["variance"], "dead": causal["dead"]}
+    if settings["dataset"] == "arithmetic":
+        figures["exact match"] = exact_match(bench, checkpoint)
+    return figures | {"steps/s": rate, "minutes": settings["max_iters"] / rate / 60}
+
+
+def exact_match(bench: Bench, checkpoint: dict) -> float:
+    """Share of the first test problems of all levels that the causal stand-in solves."""
+    model = MoEGPT.from_checkpoint(checkpoint).to(bench.device).cast(bench.dtype).eval()
+    problems = test_problems(bench.config.problems or QUALITY_PROBLEMS)
+    tokenizer, size = data.make_tokenizer(checkpoint["tokenizer"]), 100
+    parts = [problems[start : start + size] for start in range(0, len(problems), size)]
+    return mean(right for part in parts for right, _ in solve(model, tokenizer, part, None))
+
+
+def quality_row(name: str, runs: dict[int, dict], base: dict[int, dict]) -> dict:
+    """Means over seeds with their standard errors; the difference to base only for seeds that both have."""
+    row = {"what": name, "runs": len(runs)}
+    both = [seed for seed in runs if seed in base]
+    for key in next(iter(runs.values())):
+        row[key] = mean_and_error([run[key] for run in runs.values()])
+        if key in ("nats", "exact match") and both and runs is not base:
+            row[f"{key}, to base"] = mean_and_error([runs[seed][key] - base[seed][key] for seed in both])
+    return row
+
+
+def mean_and_error(values: list[float]) -> list[float]:
+    """Mean, and its standard error (None for one value)."""
+    return [mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None]
+
+
 def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
     """The share that is right, and its 95% interval (E. B. Wilson, 1927)."""
     share, scale = right / n, 1 + z * z / n
@@ -825,8 +955,9 @@ PARTS = {
     "arithmetic": bench_arithmetic,
     "gsm8k": bench_gsm8k,
     "switch": bench_switch,
+    "quality": bench_quality,
 }
-NEED_A_MODEL = ("arithmetic", "gsm8k", "switch")  # so they have to be asked for
+ON_REQUEST = ("arithmetic", "gsm8k", "switch", "quality")  # they need a model, or hours
 
 
 # -------------------- showing and keeping -----------------------------------------------------------------
@@ -837,7 +968,9 @@ def is_ratio(key: str) -> bool:
 
 
 def cell(value: object) -> str:
-    """A median with its quartiles, a number or a word, for people."""
+    """A median with its quartiles, a mean with its error, a number or a word, for people."""
+    if isinstance(value, list) and len(value) == 2:
+        return f"{value[0]:.4f}" if value[1] is None else "{:.4f} +-{:.4f}".format(*value)
     if isinstance(value, list):
         return "{:.4g} ({:.4g}-{:.4g})".format(*value)
     if isinstance(value, float):
@@ -945,7 +1078,7 @@ def read_command(argv: list[str]) -> tuple[list[str], BenchConfig]:
     for path in filter(None, (config.json, config.plot)):  # now, and not when the minutes are spent
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         open(path, "a").close()
-    return named or [name for name in PARTS if name not in NEED_A_MODEL], config
+    return named or [name for name in PARTS if name not in ON_REQUEST], config
 
 
 def run_part(name: str, bench: Bench) -> list[dict]:

@@ -411,8 +411,8 @@ def evaluate(run: Run, router: str) -> dict:
     """Loss and routing on the validation windows under one router; a pure function of the weights.
 
     loss: mean cross-entropy in nats per token. bpb: the same in bits per byte of the text. experts: mean, min
-    and max experts per token. entropy: of the share of the pairs that each expert gets, 1 when uniform, mean
-    over layers. dead: experts that got no token, of all layers together.
+    and max experts per token. Of the share of the pairs that each expert gets, means over layers: entropy, 1
+    when uniform, and variance of share * E, 0 when uniform. dead: experts that got no token, of all layers.
     """
     config = run.config
     n_bytes = torch.from_numpy(run.dataset.tokenizer.token_bytes)
@@ -441,6 +441,7 @@ def routing_summary(load: Tensor, experts: Tensor) -> dict:
     return {
         "experts": [mean.item(), low.item(), high.item()],
         "entropy": entropy.item(),
+        "variance": (share * load.shape[-1]).var(-1, correction=0).mean().item(),
         "dead": (load == 0).sum().item(),
     }
 

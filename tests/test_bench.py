@@ -319,3 +319,68 @@ def test_plot_needs_matplotlib_or_draws(run, tmp_path, capsys):
     with pytest.raises(SystemExit), bad_input_exits():
         bench.main(["cache", f"--plot={path}"])
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- routers compared by training
+
+QUALITY = """
+dataset = {dataset!r}
+n_layer, n_head, n_embd, n_hidden, n_expert, k = 2, 2, 16, 8, 8, 2
+block_size, batch_size, max_iters, eval_windows, log_interval = 16, 2, 3, 4, 1
+device = "cpu"
+"""
+
+
+@pytest.fixture
+def quality(run, tmp_path, monkeypatch):
+    """Run bench.py quality on a toy config, its runs in tmp_path: the rows, and all that it printed."""
+    tokenizer = data.train_bpe(TEXT, 300, "toy")
+    data.write_dataset(tmp_path / "toy", TEXT[:60], TEXT[60:], tokenizer, "0" * 64)
+    (tmp_path / "config.py").write_text(QUALITY.format(dataset=str(tmp_path / "toy")))
+    monkeypatch.setattr(bench, "RUNS", tmp_path / "runs")
+
+    def quality(*argv):
+        report, out = run("quality", f"--config={tmp_path / 'config.py'}", "--device=cpu", *argv)
+        return report["parts"]["quality"], out
+
+    return quality
+
+
+TEXT = [f"def f{i}(x):\n    return x + {i * 7}\n\n" for i in range(80)]
+
+
+def test_quality_compares_pairs_of_runs_and_runs_none_twice(quality, monkeypatch):
+    """Rows are means over seeds, differences are paired by seed, TopK leaks nothing, and what is finished is
+    read again."""
+    argv = ("--routers=topk,seqtopk", "--seeds=2", "--ks=1,2")
+    rows, _ = quality(*argv)
+    assert [row["what"] for row in rows] == ["topk, k=1", "seqtopk, k=1", "topk, k=2", "seqtopk, k=2"]
+    base, other = rows[2:]
+    assert base["runs"] == other["runs"] == 2 and base["leak"] == [0, 0] and "nats, to base" not in base
+    for key in ("nats", "bits/byte", "as trained", "load entropy", "load variance", "dead", "steps/s"):
+        assert len(base[key]) == 2
+    assert base["experts per token"] == [2, 0] and other["experts per token"][0] <= 2
+    assert other["nats, to base"][0] == pytest.approx(other["nats"][0] - base["nats"][0], abs=2e-4)
+    assert other["leak"][0] == pytest.approx(other["nats"][0] - other["as trained"][0], abs=2e-4)
+    monkeypatch.setattr(bench, "train_run", lambda *args: pytest.fail("a run began"))
+    assert quality(*argv)[0] == rows
+
+
+def test_quality_stops_at_its_budget_and_reports_runs_that_fail(quality, tmp_path):
+    """Without time nothing begins and every missing run is named; a run that fails is a line, not the end."""
+    rows, out = quality("--routers=topk", "--seeds=2", "--budget=0.0")
+    assert rows == [] and "missing: topk, seed 1338" in out
+    with open(tmp_path / "config.py", "a") as file:
+        file.write("learning_rate = 1e9\ngrad_clip = 0.0\nwarmup_iters = 0\n")
+    rows, out = quality("--routers=topk", "--seeds=1")
+    assert rows == [] and "topk, seed 1337 failed" in out
+
+
+def test_means_have_the_error_of_the_mean():
+    assert bench.mean_and_error([1.0, 2.0, 3.0]) == pytest.approx([2.0, 1 / 3**0.5])
+    assert bench.mean_and_error([4.0]) == [4.0, None]
+    runs = {1: {"nats": 2.0}, 2: {"nats": 4.0}, 3: {"nats": 9.0}}
+    base = {1: {"nats": 1.0}, 2: {"nats": 2.0}}
+    row = bench.quality_row("x", runs, base)
+    assert row["nats"][0] == 5 and row["nats, to base"] == [1.5, 0.5]  # the pairs of seeds 1 and 2 only
