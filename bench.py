@@ -112,7 +112,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            low = 0 if name in ("effort", "seed", "shots") else 1
+            low = 0 if name in ("budget", "effort", "seed", "shots") else 1
             require(isinstance(value, str | None) or value >= low, name, value, f"at least {low}")
 
 
