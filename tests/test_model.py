@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import (
     ROUTERS,
@@ -1069,3 +1070,37 @@ def test_a_training_step_is_one_graph(name):
     )
     assert loss == pytest.approx(want, abs=0.02)
     assert (gradient - wanted).norm() <= 0.05 * wanted.norm()
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails at an operation whose result the host has to wait for on a GPU."""
+
+    aten = torch.ops.aten
+    reads = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.reads, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("router", [name for name, row in ROUTERS.items() if row.exact])
+def test_a_training_step_reads_nothing_back(router):
+    """Forward, backward, clipping and AdamW of an exact router never wait for the device."""
+    model, idx = make(router=router), tokens(2, 10)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with NothingRead():
+        _, loss, stats = model(idx, idx)
+        (loss + stats.balance_loss + stats.z_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("router", ["topk", "online_seqtopk"])
+def test_a_decode_step_reads_nothing_back(router, batch_size):
+    """Prefill and steps of generation never wait for the device, whichever way the experts run."""
+    model = make(router=router)
+    with NothingRead():
+        assert len(list(model.generate(tokens(batch_size, 6), 70, model.new_cache(batch_size, 80)))) == 71
+    with pytest.raises(AssertionError, match="waits for the device"), NothingRead():
+        torch.ones(3).nonzero()
