@@ -10,6 +10,9 @@ scores of the past as well: `ExpertCache` keeps them.
 
     scores (B, T, E) float32          mask (B, T, E) bool
 
+Some routers spend k on average only if training steers them, by the bias that the model adds to the scores or
+by a loss; their rows of ROUTERS say so.
+
 The experts of rank m0+1 .. u of a token are its c = u - m0 *candidates*, best first.
 
 One total order breaks all ties, so that a mask never depends on how a kernel sorts: within a token the lower
@@ -115,30 +118,6 @@ def expert_choice(scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, tokens, taken)
 
 
-def online_seqtopk(
-    scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None, strict: bool = True
-) -> Tensor:
-    """The causal form of SeqTopK: token m competes with the tokens 1 .. m of its sequence only.
-
-    Token m takes its min_experts best experts, and those of its candidates that are among the m * (k -
-    min_experts) best of the first m tokens. So its row is the last row of `seqtopk(scores[:, :m])`.
-
-    That rule alone overspends when scores grow along the sequence. `strict` caps the pairs spent by the
-    tokens 1 .. m at m*k, for every m: a token for which too little is left keeps the best of its candidates.
-
-    scores (B, T, E) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
-    """
-    B, T, E = scores.shape
-    u = check_bounds(E, k, min_experts, max_experts)
-    values, experts = _rank_experts(scores, u)
-    candidates = values[..., min_experts:]  # (B, T, c)
-    budget = torch.arange(1, T + 1, device=scores.device).expand(B, T) * (k - min_experts)
-    count = _count_above_threshold(candidates, candidates.new_empty(B, 0), budget)
-    if strict:
-        count = _cap_spending(count, budget, torch.zeros_like(budget[:, :1]))
-    return _take_best(scores, experts, min_experts + count)
-
-
 def top_p(scores: Tensor, k: int, mass: float = 0.4) -> Tensor:
     """Every token takes the fewest experts that have `mass` of its scores, at least one (arXiv 2403.07652).
 
@@ -201,6 +180,30 @@ def remoe(scores: Tensor, k: int) -> Tensor:
     scores (B, T, E) -> mask (B, T, E).
     """
     return scores > 0
+
+
+def online_seqtopk(
+    scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None, strict: bool = True
+) -> Tensor:
+    """The causal form of SeqTopK: token m competes with the tokens 1 .. m of its sequence only.
+
+    Token m takes its min_experts best experts, and those of its candidates that are among the m * (k -
+    min_experts) best of the first m tokens. So its row is the last row of `seqtopk(scores[:, :m])`.
+
+    That rule alone overspends when scores grow along the sequence. `strict` caps the pairs spent by the
+    tokens 1 .. m at m*k, for every m: a token for which too little is left keeps the best of its candidates.
+
+    scores (B, T, E) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
+    """
+    B, T, E = scores.shape
+    u = check_bounds(E, k, min_experts, max_experts)
+    values, experts = _rank_experts(scores, u)
+    candidates = values[..., min_experts:]  # (B, T, c)
+    budget = torch.arange(1, T + 1, device=scores.device).expand(B, T) * (k - min_experts)
+    count = _count_above_threshold(candidates, candidates.new_empty(B, 0), budget)
+    if strict:
+        count = _cap_spending(count, budget, torch.zeros_like(budget[:, :1]))
+    return _take_best(scores, experts, min_experts + count)
 
 
 def _count_above_threshold(candidates: Tensor, past: Tensor, budget: Tensor) -> Tensor:

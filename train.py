@@ -5,6 +5,7 @@
     python train.py --init_from=resume --out_dir=out/tiny_seqtopk
     python train.py --init_from=out/small_topk --router=seqtopk --max_iters=100 --warmup_iters=10
     python train.py config/finetune_olmoe_gsm8k.py
+    python train.py config/tiny_seqtopk.py --router=online_seqtopk --first_router=seqtopk --first_iters=630
 
 Each evaluation prints two validation losses. The first is causal: the router's `decode` stand-in routes,
 which sees no future token, as when sampling; it is the likelihood of the text. The second is under the router
