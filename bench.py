@@ -56,6 +56,7 @@ from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
 
 HOME = Path(__file__).parent
 RUNS = HOME / "out" / "quality"
+PLAIN = [name for name, row in ROUTERS.items() if not row.needs]  # routers that any model can run under
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # steps of an Expert Cache, one of which merges its buffers
 FINAL_LINE = re.compile(FINAL_ANSWER.pattern + r"\s")  # as FINAL_ANSWER, and no more digits can follow
@@ -97,9 +98,7 @@ class BenchConfig:
     dataset: str = "gsm8k"  # gsm8k: where test.jsonl and the examples come from
     text: str | None = None  # switch: file with the text
     config: str = "config/arithmetic_topk.py"  # quality: settings of train.py that all runs share
-    routers: str = ",".join(
-        ROUTERS
-    )  # quality: the routers to compare; the first is what others are compared to
+    routers: str = ",".join(PLAIN)  # quality: what to compare; the first is what others are compared to
     ks: str | None = None  # quality: values of k, each compared for itself (none: the config's)
     seeds: int = 3  # quality: runs of each kind, beginning with `seed`
     budget: float | None = None  # quality: minutes after which no other run begins; the next call goes on
@@ -242,7 +241,7 @@ def bench_router(bench: Bench) -> list[dict]:
     size = bench.sized(batch_size=8, tokens=1024, n_expert=64, k=8)
     B, T = size.batch_size, size.tokens
     scores = bench.scores(B, T, size.n_expert)
-    calls = {name: partial(router.select, scores, size.k) for name, router in ROUTERS.items()}
+    calls = {name: partial(ROUTERS[name].select, scores, size.k) for name in PLAIN}
     times = bench.interleave(calls, 6)
     rows = [router_row(f"{name}, B={B}, T={T}", times[name], B * T, "topk", times["topk"]) for name in times]
     lengths = [max(1, T // 4) * 2**i for i in range(6)]
@@ -329,7 +328,7 @@ def bench_train(bench: Bench) -> list[dict]:
     size = bench.sized(batch_size=64 if bench.gpu else 4, tokens=model.config.block_size)
     text = bench.text(model.config.vocab_size, size.batch_size, size.tokens + 1)
     step = train_step(model, bench.compiled(model), text, bench.dtype)
-    calls = {name: partial(step, name) for name in ROUTERS}
+    calls = {name: partial(step, name) for name in PLAIN}
     times = bench.interleave(calls, 30)
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
     known = (peak for name, peak in PEAKS.items() if name in bench.machine and bench.dtype != torch.float32)
@@ -846,8 +845,10 @@ def bench_quality(bench: Bench) -> list[dict]:
     arms = []
     for k in ks:
         names = {router: f"{router}, k={k}" if k else router for router in routers}
-        more = (f"--k={k}",) if k else ()
-        arms += [Arm(names[r], (f"--router={r}", *more), names[routers[0]]) for r in routers]
+        for router, name in names.items():
+            needs = {"router": router, **dict(ROUTERS[router].needs), **({"k": k} if k else {})}
+            settings = tuple(f"--{key}={str(value).lower()}" for key, value in needs.items())
+            arms.append(Arm(name, settings, names[routers[0]]))
     return compare(bench, arms)
 
 

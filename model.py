@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from router import ROUTERS, ExpertCache, Router, check_bounds, load_balance_loss, z_loss
+from router import ROUTERS, ExpertCache, Router, check_bounds, check_slots, load_balance_loss, z_loss
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,13 @@ class MoEConfig:
     shared_gate: bool = False  # the shared expert's output is scaled by a sigmoid gate of its own
     n_dense_layer: int = 0  # the first layers that have one dense MLP in place of experts
     dense_hidden: int | None = None  # hidden width of a dense MLP (none: k * n_hidden)
-    router: str = "seqtopk"  # topk, batchtopk, seqtopk, online_seqtopk, expert_choice: rows of router.ROUTERS
+    router: str = "seqtopk"  # which experts process which tokens: the name of a row of router.ROUTERS
     min_experts: int = 1  # no token gets fewer experts, under routers that take this
     max_experts: int | None = None  # no token gets more (none: k + 2, at most n_expert)
     strict: bool = True  # online_seqtopk never spends more than k experts per token of the past
-    score_fn: str = "softmax"  # scores from the gate's logits: softmax or sigmoid
+    mass: float = 0.4  # top_p: the share of a token's scores that its experts have together
+    n_null: int = 0  # null_experts: experts that do nothing, beside the n_expert
+    score_fn: str = "softmax"  # scores from the gate's logits: softmax, sigmoid or relu
     norm_topk: bool = False  # weights of a token's chosen experts sum to 1
     qkv_bias: bool = False  # a bias is added to queries, keys and values
     qk_norm: str = "none"  # RMSNorm on queries and keys: none, head (each by itself) or full (all at once)
@@ -67,7 +69,7 @@ class MoEConfig:
         require(self.block_size >= 2, "block_size", self.block_size, "at least 2")
         for name in ("rope_theta", "norm_eps"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("vocab_size", "shared_hidden", "n_dense_layer"):
+        for name in ("vocab_size", "shared_hidden", "n_dense_layer", "n_null"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         choices = {"router": ROUTERS, "score_fn": SCORES, "qk_norm": ("none", "head", "full")}
         for name, allowed in choices.items():
@@ -84,6 +86,8 @@ class MoEConfig:
         for name in ("n_embd", "n_hidden"):  # rows of 16 bytes in bfloat16, as grouped_mm asks
             require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
+        require(0 < self.mass <= 1, "mass", self.mass, "above 0 and at most 1")
+        check_router(self, self.router)
 
     @property
     def head_dim(self) -> int:
@@ -107,11 +111,26 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} is {value}, but must be {allowed}")
 
 
-SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}
+def check_router(config: MoEConfig, name: str) -> None:
+    """Raise ValueError, naming the remedy, unless the router of that name can route under these settings."""
+    router = ROUTERS[name]
+    for key, value in router.needs:
+        found, remedy = getattr(config, key, value), f"{key}={str(value).lower()}"
+        if found != value:
+            raise ValueError(f"router {name} needs {remedy}, but {key} is {found}: give --{remedy}")
+    if "n_null" in router.options:
+        require(config.n_null >= 1, "n_null", config.n_null, f"at least 1 under router {name}")
+        check_slots(config.n_expert, config.k, config.n_null)
+    else:
+        require(config.n_null == 0, "n_null", config.n_null, f"0 under router {name}")
+
+
+SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "relu": torch.relu}
 
 
 class Routing(NamedTuple):
-    """What the gate of one layer said of each token, and what the router made of it: (B, T, E) each."""
+    """What the gate of one layer said of each token, and what the router made of it: (B, T, E) each, or
+    (B, T, E + n_null). Of all L layers: (L, B, T, E)."""
 
     logits: Tensor  # float32
     scores: Tensor  # float32
@@ -125,6 +144,7 @@ class Stats(NamedTuple):
     z_loss: Tensor  # scalar, mean over layers
     load: Tensor  # (L, E) pairs that each expert got
     experts: Tensor  # (L, B, T) experts that each token got
+    routing: Routing | None  # of all layers; None in a dense model
 
 
 # -------------------- caches ------------------------------------------------------------------------------
@@ -295,11 +315,14 @@ def sort_pairs(mask: Tensor, size: int | None) -> tuple[Tensor, Tensor, Tensor]:
 
     `size`: a number N that the pairs cannot exceed, or None to count them, which waits for the device.
     -> flat index e*S + s of each pair (N,), its token s (N,), where each expert ends (E,) int32.
-    Spare pairs come last and have the flat index -1 and some valid token.
+    Spare pairs come last and have the flat index -1 and some valid token; if they are counted, there is one,
+    as grouped_mm has no gradient for no pairs at all.
     """
     flat = mask.T.reshape(-1)  # (E*S,)
-    pair = flat.nonzero() if size is None else torch.nonzero_static(flat, size=size, fill_value=-1)
-    pair = pair.squeeze(1)  # (N,)
+    if size is None:
+        pair = F.pad(flat.nonzero().squeeze(1), (0, 1), value=-1)  # (N,)
+    else:
+        pair = torch.nonzero_static(flat, size=size, fill_value=-1).squeeze(1)  # (N,)
     return pair, pair % mask.shape[0], mask.sum(0).cumsum(0).int()
 
 
@@ -365,11 +388,14 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        if config.n_null:  # set later, so that the random numbers of all other weights are as without
+            self.gate.weight = nn.Parameter(torch.empty(config.n_expert + config.n_null, config.n_embd))
         self.w_in = nn.Parameter(torch.empty(config.n_expert, config.n_embd, 2 * config.n_hidden))
         self.w_out = nn.Parameter(torch.empty(config.n_expert, config.n_hidden, config.n_embd))
         self.shared = MLP(config.n_embd, config.shared_hidden) if config.shared_hidden else None
         self.shared_gate = nn.Linear(config.n_embd, 1, bias=False) if config.shared_gate else None
-        self.register_buffer("bias", torch.zeros(config.n_expert))  # for selection: router.loss_free_update
+        # for selection: router.loss_free_update, cutoff_update
+        self.register_buffer("bias", torch.zeros(config.n_expert + config.n_null))
 
     def forward(self, x: Tensor, context: Context, cache: ExpertCache | None) -> tuple[Tensor, Routing]:
         """x (B, T, C) -> the same shape, and how it was routed."""
@@ -378,9 +404,10 @@ class MoE(nn.Module):
             logits = F.linear(x.float(), self.gate.weight.float())  # (B, T, E)
             scores = SCORES[self.config.score_fn](logits)
         mask = self.select(scores.detach() + self.bias, context, cache)  # (B, T, E)
-        weight = scores  # without the bias: that one selects, and never weighs
-        if self.config.norm_topk:
-            weight = scores / (scores * mask).sum(-1, keepdim=True).clamp(min=1e-9)
+        routing = Routing(logits, scores, mask)
+        mask, weight = mask[..., : self.config.n_expert], scores[..., : self.config.n_expert]  # real experts
+        if self.config.norm_topk:  # without the bias: that one selects, and never weighs
+            weight = weight / (weight * mask).sum(-1, keepdim=True).clamp(min=1e-9)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)  # grouped_mm knows nothing of autocast
@@ -395,7 +422,7 @@ class MoE(nn.Module):
             if self.shared_gate is not None:
                 shared = shared * self.shared_gate(x).sigmoid()
             y = y + shared
-        return y, Routing(logits, scores, mask)
+        return y, routing
 
     @torch.no_grad()
     def select(self, scores: Tensor, context: Context, cache: ExpertCache | None) -> Tensor:
@@ -467,7 +494,10 @@ class MoEGPT(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
                 to_residual = name.endswith(("attention.out.weight", "w_out", "w_out.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** 0.5 if to_residual else 0.02)
+                std = 0.02 / (2 * config.n_layer) ** 0.5 if to_residual else 0.02
+                nn.init.normal_(parameter.data[: config.n_expert] if ".gate." in name else parameter, std=std)
+        for layer in self.expert_layers():  # last, so that the other weights are as without null experts
+            nn.init.normal_(layer.gate.weight.data[config.n_expert :], std=0.02)
 
     def _tie(self) -> None:
         if self.config.tie_embeddings:
@@ -537,11 +567,13 @@ class MoEGPT(nn.Module):
         """Put the layers' statistics together."""
         if not routings:
             zero = torch.zeros((), device=idx.device)
-            return Stats(zero, zero, idx.new_zeros(0, self.config.n_expert), idx.new_zeros(0, *idx.shape))
-        balance = torch.stack([load_balance_loss(routing.scores, routing.mask) for routing in routings])
-        logits = torch.stack([routing.logits for routing in routings])  # (L, B, T, E)
-        mask = torch.stack([routing.mask for routing in routings])
-        return Stats(balance.mean(), z_loss(logits), mask.sum((1, 2)), mask.sum(-1))
+            load = idx.new_zeros(0, self.config.n_expert)
+            return Stats(zero, zero, load, idx.new_zeros(0, *idx.shape), None)
+        routing = Routing(*map(torch.stack, zip(*routings, strict=True)))  # (L, B, T, E)
+        layers = zip(routing.scores, routing.mask, strict=True)
+        balance = torch.stack([load_balance_loss(*layer) for layer in layers])
+        real = routing.mask[..., : self.config.n_expert]
+        return Stats(balance.mean(), z_loss(routing.logits), real.sum((1, 2)), real.sum(-1), routing)
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None, router: str | None = None) -> Cache:
         """An empty cache for batch_size sequences of up to max_tokens (None: block_size) tokens.
@@ -551,6 +583,7 @@ class MoEGPT(nn.Module):
         router = router or ROUTERS[self.config.router].decode
         causal = [name for name, row in ROUTERS.items() if row.causal]
         require(router in causal, "router", router, f"causal to decode: {', '.join(causal)}")
+        check_router(self.config, router)
         weight = self.head.weight
         max_tokens = self.config.block_size if max_tokens is None else max_tokens
         require(max_tokens >= 2, "max_tokens", max_tokens, "at least 2")
@@ -608,7 +641,7 @@ class MoEGPT(nn.Module):
     def _feed(self, idx: Tensor, cache: Cache, active: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits (B, V) after the last token, and experts (B, t, L) of each."""
         x, routings = self._trunk(idx, cache, None, active)
-        masks = [routing.mask for routing in routings]
+        masks = [routing.mask[..., : self.config.n_expert] for routing in routings]
         experts = torch.stack(masks, dim=2).sum(-1) if masks else idx.new_zeros(*idx.shape, 0)
         return self.head(x[:, -1]).float(), experts
 
@@ -877,7 +910,7 @@ FAMILIES = {
     ),
 }
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a file may have
-ROUTING = ("router", "min_experts", "max_experts", "strict")  # no part of a file: chosen when it is opened
+ROUTING = ("router", "min_experts", "max_experts", "strict", "mass")  # no part of a file: chosen on opening
 
 
 def pretrained_config(name_or_path: str | Path) -> MoEConfig:

@@ -10,6 +10,9 @@ scores of the past as well: `ExpertCache` keeps them.
 
     scores (B, T, E) float32          mask (B, T, E) bool
 
+Some routers spend k on average only if training steers them, by the bias that the model adds to the scores or
+by a loss; their rows of ROUTERS say so.
+
 The experts of rank m0+1 .. u of a token are its c = u - m0 *candidates*, best first.
 
 One total order breaks all ties, so that a mask never depends on how a kernel sorts: within a token the lower
@@ -18,6 +21,7 @@ expert index comes first; among the candidates of a sequence the earlier token c
 Source: "Route Experts by Sequence, not by Token", arXiv 2511.06494, unless another is named.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -112,6 +116,70 @@ def expert_choice(scores: Tensor, k: int) -> Tensor:
         capacity += topk(next_score, remainder)
     taken = torch.arange(T, device=scores.device).view(1, T, 1) < capacity
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, tokens, taken)
+
+
+def top_p(scores: Tensor, k: int, mass: float = 0.4) -> Tensor:
+    """Every token takes the fewest experts that have `mass` of its scores, at least one (arXiv 2403.07652).
+
+    A token spends what its scores ask for; k has no say.
+
+    scores (B, T, E), not negative -> mask (B, T, E). Raises ValueError unless 0 < mass <= 1.
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass is {mass}, but must be above 0 and at most 1")
+    values, experts = _rank_experts(scores, scores.shape[-1])
+    total = values.double().cumsum(-1)  # in float32 the sums of equal scores would differ between devices
+    before = F.pad(total, (1, 0))[..., :-1]  # the sum of all better experts
+    count = (before < mass * total[..., -1:]).sum(-1).clamp(min=1)
+    return _take_best(scores, experts, count)
+
+
+def check_slots(n_expert: int, k: int, n_null: int) -> int:
+    """The slots of a token of which k get one of n_expert real experts, if all slots' experts get the same.
+
+    Raises ValueError unless that is a whole number.
+    """
+    slots, remainder = divmod(k * (n_expert + n_null), n_expert)
+    if remainder:
+        step = n_expert // math.gcd(n_expert, k)
+        reason = "k * (n_expert + n_null) / n_expert, a token's slots, is a whole number"
+        raise ValueError(f"n_null is {n_null}, but must be a multiple of {step}, so that {reason}")
+    return slots
+
+
+def null_experts(scores: Tensor, k: int, n_null: int = 0) -> Tensor:
+    """topk over E experts and n_null that do nothing and cost nothing (arXiv 2406.13233, 2601.15370).
+
+    Every token takes its k * (E + n_null) / E best, of which k are real ones on average if the load is even.
+
+    scores (B, T, E + n_null), the null experts last -> mask of the same shape. Raises ValueError for an
+    impossible k or n_null (check_bounds, check_slots).
+    """
+    n_expert = scores.shape[-1] - n_null
+    check_bounds(n_expert, k)
+    return topk(scores, check_slots(n_expert, k, n_null))
+
+
+def expert_threshold(scores: Tensor, k: int) -> Tensor:
+    """Every expert takes the tokens that score above its cutoff (arXiv 2603.11535).
+
+    A router gets scores with the bias added, and here the bias is 1 - cutoff: `cutoff_update` keeps it where
+    an expert takes a share k / E of all tokens. Before the first update it is 0 and no sigmoid is above 1, so
+    that no token gets an expert.
+
+    scores (B, T, E), lifted by the bias -> mask (B, T, E).
+    """
+    return scores > 1
+
+
+def remoe(scores: Tensor, k: int) -> Tensor:
+    """Every token takes the experts whose ReLU is not 0 (ReMoE, arXiv 2412.14711).
+
+    `l1_loss`, its weight moved by `l1_coef_update`, keeps them at k on average.
+
+    scores (B, T, E) -> mask (B, T, E).
+    """
+    return scores > 0
 
 
 def online_seqtopk(
@@ -320,9 +388,22 @@ def load_balance_loss(scores: Tensor, mask: Tensor) -> Tensor:
     scores (..., E), mask (..., E) -> scalar; its gradient flows through P only.
     """
     share = mask.flatten(0, -2).sum(0) / mask.sum().clamp(min=1)
-    total = scores.sum(-1, keepdim=True).clamp(min=1e-9)  # sigmoids may all be 0
-    probability = (scores / total).flatten(0, -2).mean(0)
+    probability = _shares(scores).flatten(0, -2).mean(0)
     return scores.shape[-1] * (share * probability).sum()
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """The share of each expert in its token's scores: scores of any kind (..., E) -> (..., E)."""
+    return scores / scores.sum(-1, keepdim=True).clamp(min=1e-9)  # sigmoids may all be 0
+
+
+def entropy_loss(scores: Tensor) -> Tensor:
+    """Mean entropy, in nats, of a token's scores: lower is fewer experts under top_p (arXiv 2403.07652, 3.2).
+
+    scores (..., E) -> scalar.
+    """
+    share = _shares(scores)
+    return -(share * share.clamp(min=1e-9).log()).sum(-1).mean()
 
 
 def z_loss(logits: Tensor) -> Tensor:
@@ -342,6 +423,47 @@ def loss_free_update(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     return bias + rate * torch.sign(load.float().mean(-1, keepdim=True) - load)
 
 
+def kth_scores(scores: Tensor, k: int) -> Tensor:
+    """The lowest score that each expert takes when it takes its S*k/E best of the S = B*T tokens.
+
+    scores (L, B, T, E) -> (L, E).
+    """
+    S, E = scores[0, ..., 0].numel(), scores.shape[-1]
+    return scores.flatten(1, 2).kthvalue(S + 1 - max(1, S * k // E), dim=1).values
+
+
+def cutoff_update(bias: Tensor, kth: Tensor, step: int) -> Tensor:
+    """The next bias of expert_threshold: 1 - a moving average of kth_scores (arXiv 2603.11535).
+
+    step: updates before this one. The average forgets 1 in 1,000 of itself as in the paper, but in a run's
+    first 10,000 steps 10 in (step + 10), as scores change fast then: the first update leaves nothing old.
+    bias, kth (..., E) -> (..., E).
+    """
+    return bias.lerp(1 - kth, max(0.001, 10 / (step + 10)))
+
+
+L1_COEF = 1e-8  # the first weight of l1_loss
+
+
+def l1_loss(scores: Tensor, load: Tensor, k: int) -> Tensor:
+    """The sum of a token's scores, each times its expert's load (ReMoE, arXiv 2412.14711, section 3.5).
+
+    A load of S*k/E of the S tokens counts as 1. Mean over tokens and layers.
+    scores (L, B, T, E), load (L, E) pairs of each expert -> scalar; its gradient flows through scores only.
+    """
+    even = scores[0, ..., 0].numel() * k / scores.shape[-1]
+    return (load / even * scores.mean((1, 2))).sum(-1).mean()
+
+
+def l1_coef_update(coef: Tensor, load: Tensor, k: int, tokens: int) -> Tensor:
+    """The next weight of l1_loss: this one times 1.2 if more than k experts per token were spent, by 1.2 if
+    fewer (arXiv 2412.14711, section 3.4).
+
+    coef scalar; load (L, E) pairs that each expert got of `tokens` tokens -> scalar.
+    """
+    return coef * 1.2 ** torch.sign(load.sum() - len(load) * tokens * k)
+
+
 class Router(NamedTuple):
     """A row of ROUTERS: the function, and what the model and a reader of its losses must know about it."""
 
@@ -351,6 +473,9 @@ class Router(NamedTuple):
     decode: str  # the causal router that stands in when text is generated or a likelihood is reported
     options: tuple[str, ...] = ()  # the settings it takes besides k; "strict" means at most k pairs a token
     cache: type[ExpertCache] | None = None  # what decoding must remember; takes the same settings
+    needs: tuple[tuple[str, object], ...] = ()  # settings that make it what it is, and their values
+    cutoffs: bool = False  # training moves the bias by cutoff_update
+    l1: bool = False  # training adds l1_loss
 
 
 BOUNDS = ("min_experts", "max_experts")
@@ -368,4 +493,31 @@ ROUTERS = {
         cache=ExpertCache,
     ),
     "expert_choice": Router(expert_choice, causal=False, exact=True, decode="topk"),
+    "top_p": Router(
+        top_p, causal=True, exact=False, decode="top_p", options=("mass",), needs=(("bias_rate", 0),)
+    ),
+    "expert_threshold": Router(
+        expert_threshold,
+        causal=True,
+        exact=False,
+        decode="expert_threshold",
+        needs=(("score_fn", "sigmoid"), ("bias_rate", 0)),
+        cutoffs=True,
+    ),
+    "remoe": Router(
+        remoe,
+        causal=True,
+        exact=False,
+        decode="remoe",
+        needs=(("score_fn", "relu"), ("bias_rate", 0)),
+        l1=True,
+    ),
+    "null_experts": Router(
+        null_experts,
+        causal=True,
+        exact=False,
+        decode="null_experts",
+        options=("n_null",),
+        needs=(("norm_topk", True),),
+    ),
 }

@@ -5,6 +5,7 @@
     python train.py --init_from=resume --out_dir=out/tiny_seqtopk
     python train.py --init_from=out/small_topk --router=seqtopk --max_iters=100 --warmup_iters=10
     python train.py config/finetune_olmoe_gsm8k.py
+    python train.py config/tiny_seqtopk.py --router=online_seqtopk --first_router=seqtopk --first_iters=630
 
 Each evaluation prints two validation losses. The first is causal: the router's `decode` stand-in routes,
 which sees no future token, as when sampling; it is the likelihood of the text. The second is under the router
@@ -18,8 +19,9 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,8 +33,26 @@ from tqdm import tqdm
 import data
 from config import bad_input_exits, parse
 from config.device import DTYPES, keep_freed_memory, pick_compile, pick_device, pick_dtype
-from model import MoEConfig, MoEGPT, Stats, load_checkpoint, pretrained_config, require, save_checkpoint
-from router import ROUTERS, loss_free_update
+from model import (
+    MoEConfig,
+    MoEGPT,
+    Stats,
+    check_router,
+    load_checkpoint,
+    pretrained_config,
+    require,
+    save_checkpoint,
+)
+from router import (
+    L1_COEF,
+    ROUTERS,
+    cutoff_update,
+    entropy_loss,
+    kth_scores,
+    l1_coef_update,
+    l1_loss,
+    loss_free_update,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,8 @@ class TrainConfig(MoEConfig):
     batch_size: int = 16  # sequences in a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches in an iteration
     max_iters: int = 1000  # iterations: steps of the optimiser
+    first_router: str | None = None  # the router of the first first_iters iterations (none: router)
+    first_iters: int = 0  # iterations under first_router
     learning_rate: float = 1e-3  # the highest
     warmup_iters: int = 100  # iterations of linear warm-up
     lr_decay_iters: int | None = None  # the cosine reaches min_lr here (none: max_iters)
@@ -55,6 +77,7 @@ class TrainConfig(MoEConfig):
     beta2: float = 0.95  # AdamW's
     grad_clip: float = 1.0  # largest norm of the gradient (0: any)
     balance_coef: float = 0.01  # weight of the load-balance loss
+    entropy_coef: float = 0.0  # weight of the entropy of scores, for top_p (arXiv 2403.07652 has 1e-4)
     z_coef: float = 0.001  # weight of the router z-loss
     bias_rate: float = 0.0  # step of the loss-free balancing bias (0: none; arXiv 2408.15664 has 0.001)
     eval_interval: int = 100  # iterations between evaluations; each one saves last.pt
@@ -82,7 +105,7 @@ class TrainConfig(MoEConfig):
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         for name in ("warmup_iters", "sample_tokens", "weight_decay", "grad_clip"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("balance_coef", "z_coef", "bias_rate"):
+        for name in ("balance_coef", "entropy_coef", "z_coef", "bias_rate", "first_iters"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
@@ -92,18 +115,35 @@ class TrainConfig(MoEConfig):
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         for name, allowed in (("train_only", ("all", "router")), ("weights_dtype", ("float32", "bfloat16"))):
             require(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(allowed))
+        self._check_first_router()
         routed = any(map(self.has_experts, range(self.n_layer)))
         require(routed or self.train_only == "all", "train_only", "router", "all in a dense model")
         finer = self.weights_dtype == "bfloat16" and self.dtype == "float32"
         require(not finer, "dtype", "float32", "auto, bfloat16 or float16 for weights_dtype=bfloat16")
 
+    def _check_first_router(self) -> None:
+        first = self.first_router
+        if not self.first_iters:
+            require(first is None, "first_iters", 0, f"at least 1 for first_router = {first}")
+            return
+        require(first in ROUTERS, "first_router", first, "one of " + ", ".join(ROUTERS))
+        check_router(self, first)
+
     @property
     def tokens_per_iter(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps * self.block_size
 
+    def router_at(self, step: int) -> str:
+        """The router that trains when `step` iterations have been done."""
+        return self.first_router if step < self.first_iters else self.router
+
+    @property
+    def has_cutoffs(self) -> bool:
+        return any(ROUTERS[router].cutoffs for router in (self.router, self.router_at(0)))
+
 
 # what decides the shapes and the meaning of the weights; the routing may change from run to run
-ROUTING = {"router", "k", "min_experts", "max_experts", "strict"}
+ROUTING = {"router", "k", "min_experts", "max_experts", "strict", "mass"}
 ARCHITECTURE = [field.name for field in fields(MoEConfig) if field.name not in {*ROUTING, "block_size"}]
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
 OPTIMIZER = ["train_only", "weights_dtype"]  # what decides its state
@@ -183,6 +223,7 @@ class Run:
     step: int = 0  # iterations done
     evaluated: int = -1  # the step of the last evaluation
     best: float = math.inf  # lowest causal validation loss so far
+    l1_coef: Tensor = field(default_factory=partial(torch.tensor, L1_COEF))  # weight of router.l1_loss
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
@@ -196,6 +237,7 @@ class Run:
             "step": self.step,  # the data order is a function of it
             "evaluated": self.evaluated,
             "best": self.best,
+            "l1_coef": self.l1_coef,
             "source_sha256": self.dataset.meta["source_sha256"],
             "train_config": asdict(self.config),
             "tokenizer": self.dataset.tokenizer.meta,
@@ -219,6 +261,7 @@ class Run:
         torch.set_rng_state(checkpoint["rng"].cpu())
         for name in ("step", "evaluated", "best"):
             setattr(self, name, checkpoint[name])
+        self.l1_coef = checkpoint.get("l1_coef", self.l1_coef)
 
 
 def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) -> Run:
@@ -336,7 +379,8 @@ def compile_or_explain(run: Run) -> MoEGPT:
     compiled = torch.compile(run.model)
     try:
         run.forward = compiled
-        losses(run, *batch(run, 0))[0].backward()
+        for router in {run.config.router_at(run.step), run.config.router}:
+            losses(run, *batch(run, 0), router)[0].backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -369,26 +413,34 @@ def batch(run: Run, micro_step: int) -> list[Tensor]:
     return [x.to(run.device) for x in pair]
 
 
-def losses(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Stats]:
-    """What is minimised, the cross-entropy in it (both scalars), and the routing statistics."""
-    config = run.config
+def losses(run: Run, x: Tensor, y: Tensor, router: str | None = None) -> tuple[Tensor, Tensor, Stats]:
+    """What is minimised, the cross-entropy in it (both scalars), and the routing statistics.
+
+    router: None for the one that trains now.
+    """
+    config, router = run.config, router or run.config.router_at(run.step)
     with run.autocast():
-        _, loss, stats = run.forward(x, y)
-    return (
-        loss + config.balance_coef * stats.balance_loss + config.z_coef * stats.z_loss,
-        loss.detach(),
-        stats,
-    )
+        _, loss, stats = run.forward(x, y, router=router)
+    total = loss + config.balance_coef * stats.balance_loss + config.z_coef * stats.z_loss
+    if stats.routing and config.entropy_coef:
+        total = total + config.entropy_coef * entropy_loss(stats.routing.scores)
+    if stats.routing and ROUTERS[router].l1:
+        total = total + run.l1_coef * l1_loss(stats.routing.scores, stats.load, config.k)
+    return total, loss.detach(), stats
 
 
 def train_step(run: Run) -> Tensor:
     """One iteration, without waiting for the device: -> (2,) mean cross-entropy and norm of the gradient."""
     config, n = run.config, run.config.gradient_accumulation_steps
-    mean_loss, load = 0.0, 0
+    mean_loss, load, kth = 0.0, 0, 0.0
     for micro_step in range(run.step * n, (run.step + 1) * n):
         total, loss, stats = losses(run, *batch(run, micro_step))
         run.scaler.scale(total / n).backward()  # all count alike, however many answers they hold
-        mean_loss, load = mean_loss + loss / n, load + stats.load
+        mean_loss = mean_loss + loss / n
+        if stats.routing:
+            load = load + stats.routing.mask.sum((1, 2))
+            if config.has_cutoffs:
+                kth = kth + kth_scores(stats.routing.scores.detach(), config.k) / n
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     for group in run.optimizer.param_groups:
@@ -396,11 +448,31 @@ def train_step(run: Run) -> Tensor:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    if config.bias_rate:
-        for layer, layer_load in zip(run.model.expert_layers(), load, strict=True):
-            layer.bias.copy_(loss_free_update(layer.bias, layer_load, config.bias_rate))
+    if run.model.expert_layers():
+        adapt(run, load, kth)
     run.step += 1
     return torch.stack([mean_loss, norm])
+
+
+def adapt(run: Run, load: Tensor, kth: Tensor | float) -> None:
+    """Move what steers the routing and is not learned.
+
+    load (L, E) pairs of each expert in the iteration, null experts included; kth (L, E) its kth_scores, the
+    mean of its micro-batches, if a router has cutoffs.
+    """
+    config = run.config
+    if config.bias_rate:
+        move_bias(run.model, load, partial(loss_free_update, rate=config.bias_rate))
+    if config.has_cutoffs:
+        move_bias(run.model, kth, partial(cutoff_update, step=run.step))
+    if ROUTERS[config.router_at(run.step)].l1:
+        run.l1_coef = l1_coef_update(run.l1_coef, load, config.k, config.tokens_per_iter)
+
+
+def move_bias(model: MoEGPT, seen: Tensor, update: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The bias of each layer becomes update(bias, its row of `seen`)."""
+    for layer, row in zip(model.expert_layers(), seen, strict=True):
+        layer.bias.copy_(update(layer.bias, row))
 
 
 # -------------------- evaluation --------------------------------------------------------------------------
@@ -435,7 +507,7 @@ def routing_summary(load: Tensor, experts: Tensor) -> dict:
     is 0."""
     if not len(load):
         return {}
-    share = load / load.sum(-1, keepdim=True)
+    share = load / load.sum(-1, keepdim=True).clamp(min=1)
     entropy = torch.special.entr(share).sum(-1).mean() / math.log(load.shape[-1])
     mean, low, high = experts.float().mean(), experts.min(), experts.max()
     return {
@@ -551,9 +623,9 @@ class Interrupt:
 def evaluate_and_save(run: Run, meter: Meter) -> None:
     """Print and log a line of the table; write last.pt, and best.pt if this causal loss is the lowest."""
     meter.read(run)
-    router = run.config.router
-    causal = evaluate(run, ROUTERS[router].decode)
-    as_trained = causal if ROUTERS[router].causal else evaluate(run, router)
+    decodes, trains = ROUTERS[run.config.router].decode, run.config.router_at(run.step)
+    causal = evaluate(run, decodes)
+    as_trained = causal if trains == decodes else evaluate(run, trains)
     train_loss = sum(meter.losses) / len(meter.losses) if meter.losses else math.nan
     tqdm.write(table_line(run.step, train_loss, causal, as_trained, meter.tokens_per_second))
     if not math.isfinite(causal["loss"]):
@@ -571,7 +643,7 @@ def train(run: Run) -> bool:
     """Run the iterations that are left; True if they were all run, False after Ctrl-C. Raises Diverged."""
     config = run.config
     meter = Meter(Log(Path(config.out_dir) / "log.jsonl", run.step))
-    print("\n" + HEADER.format(as_trained=f"under {config.router}"))
+    print("\n" + HEADER.format(as_trained="as trained" if config.first_iters else f"under {config.router}"))
     with Interrupt() as interrupt, tqdm(total=config.max_iters, initial=run.step, disable=None) as bar:
         while run.step < config.max_iters and not interrupt.wished:
             if run.step % config.eval_interval == 0 and run.step != run.evaluated:
@@ -620,7 +692,10 @@ def describe(run: Run) -> str:
     flops = run.model.flops_per_token(config.block_size)
     stand_in = ROUTERS[config.router].decode
     routing = f"{config.k} of {config.n_expert} experts per token; causal stand-in {stand_in}"
-    routing = f"{config.router}, {routing}" if config.n_expert > 1 else "none: a dense model"
+    first = (
+        f"{config.first_router} for {config.first_iters:,} iterations, then " if config.first_iters else ""
+    )
+    routing = f"{first}{config.router}, {routing}" if config.n_expert > 1 else "none: a dense model"
     return (
         f"model     {total:,} parameters, {active:,} active per token, {flops / 1e6:.1f} MFLOP per token\n"
         f"router    {routing}\n"

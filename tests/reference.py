@@ -94,6 +94,47 @@ def ref_expert_choice(scores: Tensor, k: int) -> Tensor:
     return torch.tensor(mask)
 
 
+def ref_top_p(scores: Tensor, k: int, mass: float) -> Tensor:
+    mask = empty_mask(scores)
+    for b, sequence in enumerate(scores.tolist()):
+        for t, token in enumerate(sequence):
+            best = best_experts(token)
+            total, held = sum(token[e] for e in best), 0.0
+            for n, e in enumerate(best):
+                if n > 0 and held >= mass * total:
+                    break
+                mask[b][t][e] = True
+                held += token[e]
+    return torch.tensor(mask)
+
+
+def ref_null_experts(scores: Tensor, k: int, n_null: int) -> Tensor:
+    n_expert = scores.shape[-1] - n_null
+    return ref_topk(scores, round(k * (1 + n_null / n_expert)))
+
+
+def ref_expert_threshold(scores: Tensor, cutoff: Tensor) -> Tensor:
+    """scores (B, T, E) without a bias, cutoff (E,)."""
+    mask = empty_mask(scores)
+    for b, sequence in enumerate(scores.tolist()):
+        for t, token in enumerate(sequence):
+            mask[b][t] = [score > c for score, c in zip(token, cutoff.tolist())]
+    return torch.tensor(mask)
+
+
+def ref_remoe(scores: Tensor, k: int) -> Tensor:
+    return torch.tensor([[[score > 0 for score in token] for token in b] for b in scores.tolist()])
+
+
+# What must be said for some routers, and what makes the experts of tiny models' tokens vary.
+SETTINGS = {
+    "top_p": {"mass": 0.7},
+    "expert_threshold": {"score_fn": "sigmoid"},
+    "remoe": {"score_fn": "relu"},
+    "null_experts": {"norm_topk": True, "n_null": 4},
+}
+
+
 # ---------------------------------------------------------------------------------------------------
 # The MoE layer
 
@@ -119,6 +160,8 @@ def ref_run_experts(x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out
 def ref_scores(logits: Tensor, score_fn: str) -> Tensor:
     if score_fn == "sigmoid":
         return 1 / (1 + torch.exp(-logits))
+    if score_fn == "relu":
+        return (logits + logits.abs()) / 2
     odds = torch.exp(logits - logits.amax(-1, keepdim=True))
     return odds / odds.sum(-1, keepdim=True)
 
@@ -126,18 +169,20 @@ def ref_scores(logits: Tensor, score_fn: str) -> Tensor:
 def ref_weight(scores: Tensor, mask: Tensor, norm_topk: bool) -> Tensor:
     """What multiplies the experts' outputs (S, E): scores, or shares of the chosen ones."""
     chosen = torch.where(mask, scores, 0)
-    return chosen / chosen.sum(-1, keepdim=True) if norm_topk else chosen
+    total = chosen.sum(-1, keepdim=True)
+    return chosen / torch.where(total > 0, total, 1) if norm_topk else chosen
 
 
 def ref_moe(x: Tensor, w: dict[str, Tensor], config, select: Callable) -> tuple[Tensor, Tensor, Tensor]:
     """The layer with parameters w on one sequence x (T, C); `select` is a router, its settings filled in.
 
-    Returns y (T, C), scores (T, E), mask (T, E).
+    Returns y (T, C), scores (T, E), mask (T, E); E and null experts in the last two.
     """
     scores = ref_scores(x @ w["gate.weight"].T, config.score_fn)
     mask = select((scores.detach() + w["bias"]).unsqueeze(0)).squeeze(0)
-    weight = ref_weight(scores, mask, config.norm_topk)
-    y = ref_run_experts(x, mask, weight, w["w_in"], w["w_out"])
+    n_expert = len(w["w_in"])
+    weight = ref_weight(scores[:, :n_expert], mask[:, :n_expert], config.norm_topk)
+    y = ref_run_experts(x, mask[:, :n_expert], weight, w["w_in"], w["w_out"])
     if config.shared_hidden:
         gate = ref_scores(x @ w["shared_gate.weight"].T, "sigmoid") if config.shared_gate else 1
         y = y + gate * ref_mlp(x, w, "shared.")

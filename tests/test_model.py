@@ -24,12 +24,17 @@ from model import (
     save_checkpoint,
 )
 from tests.reference import (
+    SETTINGS,
     ref_expert_choice,
+    ref_expert_threshold,
     ref_model,
     ref_moe,
+    ref_null_experts,
     ref_online_seqtopk,
+    ref_remoe,
     ref_run_experts,
     ref_seqtopk,
+    ref_top_p,
     ref_topk,
 )
 
@@ -87,6 +92,15 @@ def make(seed: int = 0, **changes) -> MoEGPT:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.mul_(30 if "gate" in name else 5)
+    return model
+
+
+def make_under(router: str, seed: int = 0, **changes) -> MoEGPT:
+    """A tiny model that this router can route; cutoffs that give a token 1 to 4 experts."""
+    model = make(seed, **{"router": router, **SETTINGS.get(router, {}), **changes})
+    if ROUTERS[router].cutoffs:
+        for layer in model.expert_layers():
+            layer.bias.copy_(torch.linspace(0.1, 0.4, 8))
     return model
 
 
@@ -418,7 +432,7 @@ LOOKS = {name: {"router": name} for name in ROUTERS} | {"unstrict": ONLINE["unst
 def test_who_sees_the_future_and_the_other_sequences(name):
     """A new future token leaves earlier logits alone under causal routers and moves them under the others;
     another sequence is moved under batchtopk only."""
-    model = make(**LOOKS[name])
+    model = make_under(**LOOKS[name])
     idx, changed = tokens(2, 24), tokens(2, 24)
     changed[0, 12:] = tokens(1, 12, seed=1)
     moved = (model(idx)[0] - model(changed)[0]).abs().amax(-1)  # (B, T)
@@ -443,6 +457,115 @@ def test_attention_knows_relative_positions_only():
         assert not close(rotated(q, shift) @ rotated(k, 0).mT, scores, 0.1)
     assert close(rotated(x, 3).norm(dim=-1), x.norm(dim=-1), 1e-5)
     assert torch.equal(rotated(x, 0)[:, :, 0], x[:, :, 0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Routers without a budget, and what they need
+
+UNBUDGETED = {  # how the reference selects from biased scores of the whole layer
+    "top_p": lambda scores, layer: ref_top_p(scores, 2, 0.7),
+    "expert_threshold": lambda scores, layer: ref_expert_threshold(scores - layer.bias, 1 - layer.bias),
+    "remoe": ref_remoe,
+    "null_experts": lambda scores, layer: ref_null_experts(scores, 2, 4),
+}
+ROUTERLESS = {  # why a plain model cannot be under these
+    "remoe": "router remoe needs score_fn=relu, but score_fn is softmax: give --score_fn=relu",
+    "expert_threshold": "router expert_threshold needs score_fn=sigmoid, .* give --score_fn=sigmoid",
+    "null_experts": "router null_experts needs norm_topk=true, but norm_topk is False: give --norm_topk=true",
+}
+
+
+@pytest.mark.parametrize("name", UNBUDGETED)
+def test_layers_without_a_budget_equal_their_reference(name):
+    """Output and gradients are the reference's where tokens have any number of experts, under two routers
+    none at times, and what is null is neither computed nor counted."""
+    model = make_under(name, n_layer=1)
+    layer, x, push = model.blocks[0].mlp, torch.randn(2, 9, 32) / 4, torch.randn(2, 9, 32)
+    layer.bias[8:] += 0.1
+    context = NOWHERE._replace(router=ROUTERS[name])
+    got, routing = layer(x, context, None)
+    parameters = parameters_of(layer)
+    rows = [ref_moe(row, parameters, layer.config, lambda s: UNBUDGETED[name](s, layer)) for row in x]
+    want, scores, mask = (torch.stack(part) for part in zip(*rows))
+    assert torch.equal(routing.mask, mask) and close(routing.scores, scores) and close(got, want, 1e-5)
+    assert mask.shape[-1] == 8 + layer.config.n_null
+    counts = set(mask[..., :8].sum(-1).flatten().tolist())
+    assert len(counts) > 2 and (
+        name in ("top_p", "remoe") or min(counts) == 0
+    )  # of these no token of x has none
+    leaves = list(layer.parameters())
+    for mine, reference in zip(
+        torch.autograd.grad((got * push).sum(), leaves), torch.autograd.grad((want * push).sum(), leaves)
+    ):
+        assert (mine - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("name", UNBUDGETED)
+def test_statistics_count_what_is_computed(name):
+    """Load and experts are of real experts; the balance loss is over all that a token can choose."""
+    model, idx = make_under(name), tokens(2, 24)
+    _, _, stats = model(idx, idx)
+    mask = stats.routing.mask
+    assert stats.load.shape == (2, 8) and mask.shape == (2, 2, 24, 8 + model.config.n_null)
+    assert torch.equal(stats.load, mask[..., :8].sum((1, 2)))
+    assert torch.equal(stats.experts, mask[..., :8].sum(-1))
+    share = mask.sum((1, 2)) / mask.sum((1, 2, 3))[:, None]
+    scores = stats.routing.scores
+    P = (scores / scores.sum(-1, keepdim=True).clamp(min=1e-9)).mean((1, 2))
+    assert close(stats.balance_loss, (share * P).sum(-1).mean() * mask.shape[-1])
+
+
+@pytest.mark.parametrize("shared_hidden", [0, 24], ids=["", "shared"])
+def test_tokens_without_experts(shared_hidden):
+    """Before any cutoff is known no token has an expert: the residual stream carries it, the loss and the
+    gradients are finite, and text can be generated."""
+    model, idx = (
+        make(router="expert_threshold", score_fn="sigmoid", shared_hidden=shared_hidden),
+        tokens(2, 24),
+    )
+    _, loss, stats = model(idx, idx)
+    assert stats.load.sum() == 0
+    (loss + stats.balance_loss + stats.z_loss).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert not model.blocks[0].mlp.w_in.grad.any()
+    (*_, last) = model.generate(idx[:, :3], 4, **GREEDY)
+    assert not last.experts.any()
+
+
+def test_null_experts_leave_the_other_weights_as_they_are():
+    """A model with null experts starts with the weights of one without, and more rows in its gates."""
+    torch.manual_seed(3)
+    plain = MoEGPT(MoEConfig(**TINY)).state_dict()
+    torch.manual_seed(3)
+    nulls = MoEGPT(MoEConfig(**TINY, router="null_experts", **SETTINGS["null_experts"])).state_dict()
+    assert plain.keys() == nulls.keys()
+    for name, weight in plain.items():
+        assert torch.equal(nulls[name][:8] if "gate" in name or "bias" in name else nulls[name], weight)
+    assert 0.01 < nulls["blocks.1.mlp.gate.weight"][8:].std() < 0.03
+
+
+@pytest.mark.parametrize("name", ROUTERLESS)
+def test_a_router_says_what_it_needs(name):
+    """A config that contradicts its router is refused in one line that names the remedy."""
+    with pytest.raises(ValueError, match=ROUTERLESS[name]):
+        MoEConfig(**TINY, router=name)
+    MoEConfig(**TINY, router=name, **SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", UNBUDGETED)
+def test_compiled_routers_without_a_budget(name):
+    """Their pairs have to be counted, which splits the graph; loss and gradients are still the eager ones."""
+    model, idx = make_under(name, n_layer=1).bfloat16(), tokens(2, 24)
+
+    def step(run) -> tuple[float, Tensor]:
+        _, loss, stats = run(idx, idx)
+        (gradient,) = torch.autograd.grad(loss + 0.01 * stats.balance_loss, [model.blocks[0].mlp.w_in])
+        return loss.item(), gradient.float()
+
+    torch._dynamo.reset()
+    (loss, gradient), (want, wanted) = step(torch.compile(model, backend="aot_eager")), step(model)
+    assert loss == pytest.approx(want, abs=0.02)
+    assert (gradient - wanted).norm() <= 0.05 * wanted.norm()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -508,6 +631,28 @@ def test_a_padded_row_is_as_if_alone(online, feeding):
         assert torch.equal(experts[:, b, active[b]], stats.experts[:, 0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", UNBUDGETED)
+def test_decoding_under_routers_without_a_budget(name):
+    """However the tokens are cut up and padded, logits and experts are those of each row's forward alone,
+    where tokens differ in their experts."""
+    model, idx = make_under(name), tokens(3, 20)
+    want, _, stats = model(idx)
+    assert len(set(stats.experts.flatten().tolist())) > 2
+    cache = model.new_cache(3)
+    for sizes in FEEDINGS.values():
+        cache.reset()
+        parts = [model(part, cache=cache) for part in idx.split(sizes, dim=1)]
+        assert close(torch.cat([logits for logits, _, _ in parts], dim=1), want)
+        assert torch.equal(torch.cat([stats.experts for _, _, stats in parts], dim=-1), stats.experts)
+    active = torch.arange(20) >= torch.tensor([[0], [7], [4]])
+    cache.reset()
+    logits, _, stats = model(idx, cache=cache, active=active)
+    assert not stats.experts[:, ~active].any()
+    for b in range(3):
+        assert close(logits[b, active[b]], model(idx[b : b + 1, active[b]])[0][0])
+
+
 def test_what_a_forward_refuses():
     """Padding without a cache, a text longer than block_size or the cache, and a router that cannot decode
     are ValueErrors, and the refused text leaves the cache as it was."""
@@ -525,6 +670,9 @@ def test_what_a_forward_refuses():
         if not row.causal:
             with pytest.raises(ValueError, match=rf"router is {name}.*topk, online_seqtopk"):
                 model.new_cache(1, router=name)
+    for name, remedy in ROUTERLESS.items():
+        with pytest.raises(ValueError, match=remedy):
+            model.new_cache(1, router=name)
 
 
 def test_bytes_of_the_caches():
@@ -568,7 +716,7 @@ def greedy_by_hand(model: MoEGPT, idx: Tensor, real: Tensor, n: int, window: int
 def test_greedy_text_and_its_experts_are_those_of_whole_forwards(name):
     """Inside the window, temperature 0 writes the argmax of whole forwards under the decode router, and the
     chunks tell the experts of every token, the last one included."""
-    model, idx = make(router=name), tokens(2, 6)
+    model, idx = make_under(name), tokens(2, 6)
     chunks = list(model.generate(idx, 14, **GREEDY))
     assert [chunk.tokens.shape for chunk in chunks] == [(2, 6)] + [(2, 1)] * 14
     text = text_of(chunks)
@@ -957,7 +1105,13 @@ def test_a_failing_write_leaves_the_old_file(where, saved, monkeypatch):
         ({"n_dense_layer": -1}, "n_dense_layer is -1 at least 0"),
         ({"vocab_size": -1}, "vocab_size is -1 at least 0"),
         ({"router": "topp"}, "router is topp topk batchtopk seqtopk online_seqtopk expert_choice"),
-        ({"score_fn": "relu"}, "score_fn is relu softmax sigmoid"),
+        ({"score_fn": "tanh"}, "score_fn is tanh softmax sigmoid relu"),
+        ({"mass": 0.0}, "mass is 0.0 above 0 at most 1"),
+        ({"mass": 1.5}, "mass is 1.5 above 0 at most 1"),
+        ({"n_null": -1}, "n_null is -1 at least 0"),
+        ({"n_null": 4}, "n_null is 4 0 under router seqtopk"),
+        ({"router": "null_experts", "norm_topk": True}, "n_null is 0 at least 1 under router null_experts"),
+        ({"router": "null_experts", "norm_topk": True, "n_null": 5}, "n_null is 5 multiple of 4"),
         ({"qk_norm": "yes"}, "qk_norm is yes none head full"),
     ],
     ids=str,

@@ -1,5 +1,6 @@
 """Properties of the routers, over random shapes, bounds and kinds of scores."""
 
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -17,19 +18,32 @@ from router import (
     ROUTERS,
     ExpertCache,
     batchtopk,
+    cutoff_update,
+    entropy_loss,
     expert_choice,
+    expert_threshold,
+    kth_scores,
+    l1_coef_update,
+    l1_loss,
     load_balance_loss,
     loss_free_update,
+    null_experts,
     online_seqtopk,
+    remoe,
     seqtopk,
+    top_p,
     topk,
     z_loss,
 )
 from tests.reference import (
     ref_batchtopk,
     ref_expert_choice,
+    ref_expert_threshold,
+    ref_null_experts,
     ref_online_seqtopk,
+    ref_remoe,
     ref_seqtopk,
+    ref_top_p,
     ref_topk,
 )
 
@@ -172,6 +186,64 @@ def test_expert_choice_is_its_definition(kind, seed):
     """expert_choice gives each expert its share of best tokens, and the spare pairs to the best next ones."""
     c = draw(kind, seed)
     assert same(expert_choice(c.scores, c.k), ref_expert_choice(c.scores, c.k))
+
+
+MASSES = (0.1, 0.25, 0.4, 0.5, 0.75, 1.0)
+
+
+@each_case
+def test_top_p_is_its_definition(kind, seed):
+    """top_p adds experts, best first, until they have their share of the token's scores; ties included."""
+    scores = draw(kind, seed).scores.clamp(min=0)
+    mass = MASSES[seed]
+    assert same(top_p(scores, 1, mass), ref_top_p(scores, 1, mass))
+
+
+@each_case
+def test_top_p_takes_as_few_as_can_be(kind, seed):
+    """The experts of a token hold the mass, and would not without the worst of them, unless it is alone."""
+    scores, mass = draw(kind, seed).scores.clamp(min=0), MASSES[seed]
+    mask = top_p(scores, 1, mass)
+    held, total = (scores * mask).double().sum(-1), scores.double().sum(-1)
+    worst = torch.where(mask, scores, torch.inf).amin(-1).double()
+    assert (held >= mass * total - 1e-9).all() and pairs(mask).min() >= 1
+    assert ((held - worst < mass * total + 1e-9) | (pairs(mask) == 1)).all()
+
+
+@each_case
+def test_null_experts_is_its_definition(kind, seed):
+    """null_experts is topk over all slots, as many as leave k real experts if all get the same."""
+    scores = make_scores(kind, 2, 30, 12, seed)
+    for n_null, k in ((6, 1), (8, 2), (9, 1), (4, 6), (0, 3)):
+        mask = null_experts(scores, k, n_null=n_null)
+        assert same(mask, ref_null_experts(scores, k, n_null))
+        assert (pairs(mask) * (12 - n_null) == 12 * k).all()
+
+
+@pytest.mark.parametrize("n_null", [1, 3, 6])
+def test_slots_must_be_whole(n_null):
+    """Null experts that do not make a whole number of slots are refused, and the next that do are named."""
+    with pytest.raises(ValueError, match=rf"n_null is {n_null}.*multiple of 4\b") as error:
+        null_experts(make_scores("softmax", 2, 9, 8 + n_null), 2, n_null)
+    assert_one_line(error)
+
+
+@each_case
+def test_expert_threshold_is_its_definition(kind, seed):
+    """Scores lifted by 1 - cutoff are taken just when the scores are above the cutoff."""
+    scores = draw(kind, seed).scores.sigmoid()
+    cutoff = torch.rand(scores.shape[-1], generator=torch.Generator().manual_seed(seed))
+    clear = (scores - cutoff).abs() > 1e-6  # the sum is rounded
+    got, want = expert_threshold(scores + (1 - cutoff), 1), ref_expert_threshold(scores, cutoff)
+    assert same(got[clear], want[clear])
+    assert not expert_threshold(scores, 1).any()  # no cutoff yet
+
+
+@each_case
+def test_remoe_is_its_definition(kind, seed):
+    """remoe takes what is above 0."""
+    scores = draw(kind, seed).scores.relu()
+    assert same(remoe(scores, 1), ref_remoe(scores, 1))
 
 
 @pytest.mark.parametrize("E, k", [(2, 1), (8, 2), (8, 6), (9, 1), (64, 8)])
@@ -567,6 +639,10 @@ def test_the_table_says_what_each_router_is():
         "seqtopk": (False, True, "online_seqtopk"),
         "online_seqtopk": (True, False, "online_seqtopk"),
         "expert_choice": (False, True, "topk"),
+        "top_p": (True, False, "top_p"),
+        "expert_threshold": (True, False, "expert_threshold"),
+        "remoe": (True, False, "remoe"),
+        "null_experts": (True, False, "null_experts"),
     }
     table = {name: (row.causal, row.exact, row.decode) for name, row in ROUTERS.items()}
     assert {name: table.get(name) for name in expected} == expected
@@ -593,10 +669,11 @@ def test_exact_routers_spend_the_whole_budget(name, kind):
 
 
 @each_router
-def test_routers_not_called_exact_do_spend_less(name):
-    """A router that is not called exact leaves pairs unspent on some scores."""
-    mask = ROUTERS[name].select(make_scores("shrinking", 2, 100, 8), 2)
-    assert (mask.sum() == 2 * 100 * 2) == ROUTERS[name].exact
+def test_routers_not_called_exact_do_spend_otherwise(name):
+    """A router that is not called exact spends more or less on some scores."""
+    options = {"n_null": 4} if name == "null_experts" else {}
+    mask = ROUTERS[name].select(make_scores("shrinking", 2, 100, 8), 2, **options)
+    assert (mask[..., : 4 if options else 8].sum() == 2 * 100 * 2) == ROUTERS[name].exact
 
 
 def test_the_router_of_the_readme_is_a_function_and_a_row():
@@ -715,7 +792,7 @@ BOUNDED = {
     "online_seqtopk": online_seqtopk,
     "ExpertCache": lambda scores, k, **bounds: ExpertCache(2, 9, k, scores.shape[-1], **bounds),
 }
-UNBOUNDED = {"topk": topk, "expert_choice": expert_choice}
+UNBOUNDED = {"topk": topk, "expert_choice": expert_choice, "null_experts": null_experts}
 
 
 @pytest.mark.parametrize("name", BOUNDED | UNBOUNDED)
@@ -813,6 +890,83 @@ def test_z_loss_is_its_formula():
     want = sum(sum(x.exp() for x in token).log() ** 2 for token in tokens) / len(tokens)
     assert z_loss(logits).item() == pytest.approx(want.item(), rel=1e-5)
     assert z_loss(torch.tensor([[[1e4, 0.0]]])).item() == pytest.approx(1e8, rel=1e-5)
+
+
+@pytest.mark.parametrize("mass", [0, -0.1, 1.1])
+def test_an_impossible_mass_is_refused(mass):
+    """The share of the scores that top_p wants is above 0 and at most 1."""
+    with pytest.raises(ValueError, match=rf"mass is {mass}.* 0 .* 1") as error:
+        top_p(make_scores("softmax", 2, 9, 8), 2, mass)
+    assert_one_line(error)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What keeps the routers without a budget near k
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@each_kind
+def test_kth_scores_are_those_of_a_sorted_batch(kind, k):
+    """The score at rank S*k/E, and at least at rank 1, of each expert over all sequences of a layer."""
+    scores = torch.stack([make_scores(kind, 2, 11, 8, seed) for seed in range(3)])  # (L, B, T, E)
+    rank = max(1, 22 * k // 8)
+    want = [
+        [sorted(layer[..., e].flatten().tolist(), reverse=True)[rank - 1] for e in range(8)]
+        for layer in scores
+    ]
+    assert kth_scores(scores, k).tolist() == want
+
+
+def test_cutoffs_give_each_expert_its_share():
+    """After the first update from zero each expert takes its S*k/E best tokens, but for the last of them."""
+    scores = make_scores("sigmoid", 4, 64, 8) * torch.linspace(0.2, 1, 8)
+    bias = cutoff_update(torch.zeros(8), kth_scores(scores[None], 2)[0], 0)
+    load = expert_threshold(scores + bias, 2).sum((0, 1))
+    assert load.tolist() == pytest.approx([4 * 64 * 2 / 8] * 8, abs=1)
+
+
+def test_cutoffs_are_a_moving_average():
+    """The first update forgets all that was before, the millionth keeps 0.999 of it; the input is kept."""
+    bias, kth = torch.tensor([0.0, 0.75]), torch.tensor([0.5, 0.125])
+    torch.testing.assert_close(cutoff_update(bias, kth, 0), torch.tensor([0.5, 0.875]))
+    torch.testing.assert_close(cutoff_update(bias, kth, 10), torch.tensor([0.25, 0.8125]))
+    torch.testing.assert_close(cutoff_update(bias, kth, 10**6), torch.tensor([0.0005, 0.750125]))
+    assert bias.tolist() == [0, 0.75] and kth.tolist() == [0.5, 0.125]
+
+
+def test_l1_loss_is_its_formula():
+    """Mean over layers and tokens of a token's scores, each times its expert's load, S*k/E pairs being 1."""
+    scores = torch.stack([make_scores("logits", 2, 7, 4, seed) for seed in range(3)]).relu().requires_grad_()
+    load = (scores > 0).sum((1, 2))
+    want = sum(
+        4 / (3 * 14) * load[layer, e].item() * sum(scores[layer, :, :, e].flatten().tolist()) / 14
+        for layer in range(3)
+        for e in range(4)
+    )
+    loss = l1_loss(scores, load, 3)
+    assert loss.item() == pytest.approx(want / 3, rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(scores.grad, (load / (3 * 14) * 4 / 14 / 3)[:, None, None].expand_as(scores))
+
+
+@pytest.mark.parametrize("spent, factor", [(81, 1.2), (80, 1.0), (79, 1 / 1.2), (0, 1 / 1.2)])
+def test_the_weight_of_the_l1_loss_follows_the_load(spent, factor):
+    """It grows by 1.2 while more than k experts per token are spent, and shrinks by 1.2 while fewer are."""
+    load = torch.tensor([[spent, 0], [0, 0]])  # of 20 tokens in two layers
+    assert l1_coef_update(torch.tensor(3e-8), load, 2, 20).item() == pytest.approx(3e-8 * factor)
+
+
+def test_entropy_loss_is_its_formula():
+    """Mean over tokens of the entropy of the shares of their scores; the gradient is finite at entropy 0."""
+    scores = make_scores("sigmoid", 2, 7, 5)
+    want = 0.0
+    for token in scores.flatten(0, 1).tolist():
+        want -= sum(score / sum(token) * math.log(score / sum(token)) for score in token)
+    assert entropy_loss(scores).item() == pytest.approx(want / 14, rel=1e-5)
+    certain = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).requires_grad_()
+    entropy_loss(certain).backward()
+    assert entropy_loss(certain).item() == 0 and certain.grad.isfinite().all()
+    assert entropy_loss(torch.full((3, 8), 0.1)).item() == pytest.approx(math.log(8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import ref_seqtopk
+from reference import SETTINGS, ref_seqtopk
 
 import data
 import train
@@ -47,7 +47,13 @@ TINY = SHAPE | {
     "device": "cpu",
 }
 # 6 windows in an iteration, and about 60 in an epoch: iteration 10 begins in one epoch and ends in the next
+WARM_UP = {"first_router": "expert_choice", "first_iters": 3}
 LONG = TINY | {"batch_size": 3, "gradient_accumulation_steps": 2, "bias_rate": 0.01, "max_iters": 12}
+
+
+def said(router):
+    """What a router needs to be told, for the command line."""
+    return {name: str(value).lower() for name, value in SETTINGS.get(router, {}).items()}
 
 
 def flags(**settings):
@@ -232,6 +238,11 @@ def test_training_lowers_the_loss(start):
         },
         {"router": "online_seqtopk", "strict": "false"},
         {"router": "expert_choice"},
+        {"router": "top_p", "mass": 0.6, "entropy_coef": 1e-3},
+        {"router": "expert_threshold", "score_fn": "sigmoid"},
+        {"router": "expert_threshold", "score_fn": "sigmoid", **WARM_UP, "balance_coef": 0},
+        {"router": "remoe", "score_fn": "relu", "balance_coef": 0},
+        {"router": "null_experts", "norm_topk": "true", "n_null": 4, "bias_rate": 0.01},
         {"router": "batchtopk", "min_experts": 0, "max_experts": 3},
         {"dtype": "bfloat16"},
         {"dtype": "float16", "grad_clip": 0},
@@ -459,6 +470,123 @@ def test_bias_by_hand(start, seen):
         torch.testing.assert_close(model[f"blocks.{layer}.mlp.bias"], bias[layer])
 
 
+def kth_by_hand(scores, rank):
+    """The rank-th largest score of each expert in each layer: (L, B, T, E) -> (L, E)."""
+    return torch.stack(
+        [layer.flatten(0, 1).sort(dim=0, descending=True).values[rank - 1] for layer in scores]
+    )
+
+
+def test_cutoffs_by_hand(start, seen):
+    """Each iteration moves a cutoff towards the score at which its expert would have taken its share of each
+    micro-batch, from the first on, whichever router routes."""
+    settings = {"router": "expert_threshold", "score_fn": "sigmoid", "max_iters": 3}
+    warm_up = {"first_router": "expert_choice", "first_iters": 2}
+    folder = start(gradient_accumulation_steps=2, **settings, **warm_up)
+    cutoff = torch.ones(2, 4)
+    for step in range(3):
+        kth = [
+            kth_by_hand(call.stats.routing.scores, 4 * 32 * 2 // 4) for call in seen[2 * step : 2 * step + 2]
+        ]
+        cutoff = cutoff + 10 / (step + 10) * ((kth[0] + kth[1]) / 2 - cutoff)
+    model = load_checkpoint(folder / "last.pt")["model"]
+    for layer in range(2):
+        torch.testing.assert_close(1 - model[f"blocks.{layer}.mlp.bias"], cutoff[layer])
+    assert [call.stats.load.sum().item() == 2 * 4 * 32 * 2 for call in seen] == [True] * 4 + [False] * 2
+
+
+def test_the_weight_of_remoes_loss_by_hand(start, seen):
+    """It is 1.2 times what it was after each iteration that spent more than k experts per token."""
+    folder = start(router="remoe", score_fn="relu", max_iters=3, gradient_accumulation_steps=2, k=1)
+    coef = 1e-8
+    for first, second in zip(seen[::2], seen[1::2]):
+        spent = (first.stats.load + second.stats.load).sum().item()
+        coef *= 1.2 if spent > 2 * 2 * 4 * 32 else 1 / 1.2
+    assert load_checkpoint(folder / "last.pt")["l1_coef"].item() == pytest.approx(coef, rel=1e-5)
+
+
+def test_losses_of_routers_by_hand(make_run):
+    """The weighted entropy is added where asked for, and under remoe the L1 loss with its own weight."""
+    run = make_run(router="remoe", score_fn="relu", balance_coef=0, z_coef=0, entropy_coef=0.5)
+    run.l1_coef = torch.tensor(0.25)
+    total, loss, stats = train.losses(run, *train.batch(run, 0))
+    scores = stats.routing.scores
+    share = scores / scores.sum(-1, keepdim=True).clamp(min=1e-9)
+    entropy = torch.special.entr(share).sum(-1).mean()
+    l1 = (stats.load[:, None, None] * 4 / (2 * 4 * 32) * scores).sum(-1).mean()
+    torch.testing.assert_close(total, loss + 0.5 * entropy + 0.25 * l1)
+    topk = make_run(router="topk", balance_coef=0, z_coef=0)
+    total, loss, _ = train.losses(topk, *train.batch(topk, 0))
+    assert total == loss
+
+
+def test_the_first_router_is_first(start, seen):
+    """first_router trains first_iters iterations, then router; the causal loss is router's throughout."""
+    folder = start(max_iters=4, eval_interval=1, router="online_seqtopk", first_router="topk", first_iters=2)
+    for step, call in enumerate(seen):
+        assert (call.stats.experts == 2).all() == (step < 2)
+    lines = entries(folder, "eval")
+    assert [line["as_trained"] == line["causal"] for line in lines] == [False] * 2 + [True] * 3
+    assert all(line["as_trained"]["experts"] == [2, 2, 2] for line in lines[:2])
+
+
+ADAPTING = {
+    "expert_threshold": {"score_fn": "sigmoid", **WARM_UP},
+    "remoe": {"score_fn": "relu", "balance_coef": 0},
+    "null_experts": {"norm_topk": "true", "n_null": 4, "bias_rate": 0.01},
+    "seqtopk": {"first_router": "topk", "first_iters": 7},
+}
+
+
+@pytest.mark.parametrize("router", ADAPTING)
+def test_resume_under_routers_with_a_state(start, after, tmp_path, router):
+    """What steers the routing goes on where it was: the run is that which nothing interrupted."""
+    settings = {"router": router, "max_iters": 8, **ADAPTING[router]}
+    straight = start("straight", **settings)
+    after(4, interrupt)
+    with pytest.raises(SystemExit):
+        start("stopped", **settings)
+    train.main(flags(init_from="resume", out_dir=tmp_path / "stopped"))
+    assert_same_runs(tmp_path / "stopped", straight, "last.pt", "best.pt")
+    left, right = (load_checkpoint(tmp_path / name / "last.pt") for name in ("stopped", "straight"))
+    assert_same(left["l1_coef"], right["l1_coef"])
+    assert entries(tmp_path / "stopped") == entries(straight)
+
+
+@pytest.mark.parametrize("router", ["top_p", "expert_threshold"])
+def test_a_topk_checkpoint_goes_on_without_a_budget(start, tmp_path, router):
+    """A TopK run of the same scores is tuned under another router, cutoffs found in the first iteration."""
+    settings = SETTINGS[router] if router == "expert_threshold" else {}
+    begun = start("begun", router="topk", **settings)
+    tuned = start("tuned", router=router, init_from=begun, warmup_iters=0, learning_rate=1e-3)
+    before, lines = entries(begun, "eval")[-1], entries(tuned, "eval")
+    assert lines[-1]["causal"]["loss"] < before["causal"]["loss"] + 0.1
+    if router == "expert_threshold":
+        assert lines[0]["causal"]["experts"] == [0, 0, 0] and lines[0]["causal"]["entropy"] == 0
+        assert 1 < lines[-1]["causal"]["experts"][0] < 3
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"router": "remoe"}, "router remoe needs score_fn=relu"),
+        ({"router": "remoe", "score_fn": "relu", "bias_rate": 0.1}, "router remoe needs bias_rate=0"),
+        ({"router": "expert_threshold"}, "needs score_fn=sigmoid"),
+        ({"router": "top_p", "bias_rate": 0.1}, "router top_p needs bias_rate=0"),
+        ({"router": "null_experts", "norm_topk": "true", "n_null": 3}, "n_null is 3, but .* multiple of 8"),
+        ({"first_router": "expert_choice"}, "first_iters is 0, but must be at least 1 for first_router"),
+        ({"first_iters": 5}, "first_router is None, but must be one of topk, "),
+        ({"first_router": "topp", "first_iters": 5}, "first_router is topp, but must be one of topk, "),
+        ({"first_router": "remoe", "first_iters": 5}, "router remoe needs score_fn=relu"),
+        ({"entropy_coef": -1}, "entropy_coef is -1.0"),
+    ],
+    ids=str,
+)
+def test_routers_that_cannot_be_are_refused(fails, dataset, settings, words):
+    """What a router needs, and a first router that is none or has no iterations, is said in one line."""
+    assert re.search(words, fails(*flags(dataset=dataset, **settings)))
+
+
 def test_learning_rate_by_hand():
     """Linear warm-up to the peak, half-way down at half the time, min_lr from lr_decay_iters on."""
     config = TrainConfig(
@@ -574,7 +702,7 @@ def test_the_causal_loss_is_the_headline(start, monkeypatch, router):
     monkeypatch.setattr(
         train, "evaluate", lambda run, router: routers.append(router) or evaluate(run, router)
     )
-    entry = entries(start(max_iters=2, router=router), "eval")[-1]
+    entry = entries(start(max_iters=2, router=router, **said(router)), "eval")[-1]
     assert routers[0] == ROUTERS[router].decode
     assert set(routers) == {ROUTERS[router].decode, router}
     assert (entry["causal"] == entry["as_trained"]) == ROUTERS[router].causal
@@ -597,12 +725,13 @@ def test_routers_start_alike(start, seen):
     """Runs that differ in the router begin with the same weights and see the same batches; seeds differ in
     both."""
     for router in ROUTERS:
-        start(router, router=router, max_iters=2)
+        start(router, router=router, max_iters=2, **said(router))
     start("other", max_iters=2, seed=1)
     runs = [seen[i : i + 2] for i in range(0, len(seen), 2)]
     assert len(runs) == len(ROUTERS) + 1
     for run in runs[1:-1]:
-        assert_same(run[0].weights, runs[0][0].weights)
+        first = {name: weight[: len(runs[0][0].weights[name])] for name, weight in run[0].weights.items()}
+        assert_same(first, runs[0][0].weights)  # of gates the rows that are not of null experts
         assert_same([(call.x, call.y) for call in run], [(call.x, call.y) for call in runs[0]])
     assert not torch.equal(runs[-1][0].weights["head.weight"], runs[0][0].weights["head.weight"])
     assert not torch.equal(runs[-1][0].x, runs[0][0].x)
@@ -968,7 +1097,7 @@ def test_what_may_not_be_zero():
         ("--n_kv_head=3", "n_kv_head is 3"),
         ("--n_hidden=12", "n_hidden is 12, but must be a multiple of 8"),
         ("--router=topq", "router is topq, but must be one of topk, "),
-        ("--score_fn=relu", "score_fn is relu, but must be one of softmax, sigmoid"),
+        ("--score_fn=tanh", "score_fn is tanh, but must be one of softmax, sigmoid, relu"),
         ("--device=tpu", "device is tpu, but this machine has cpu"),
         ("--device=cuda:99", "device is cuda:99, but this machine has cpu"),
         ("--dtype=int8", "dtype is int8, but must be auto, float32"),
