@@ -1,4 +1,4 @@
-# Word problems on two CPU cores in about nine minutes. The vocabulary is small: most work is in the experts.
+# Word problems on two CPU cores in under nine minutes. The vocabulary is small: most work is in the experts.
 dataset = "arithmetic"
 router = "topk"
 qk_norm = "head"  # copying from the question is learned earlier, and bears the higher learning rate
