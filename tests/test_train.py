@@ -270,7 +270,7 @@ def test_what_a_run_leaves_behind(start, dataset):
             assert line["tokens_per_second"] > 0 and line["grad_norm"] > 0
         else:
             assert line.keys() == {"kind", "step", "causal", "as_trained"}
-            assert line["causal"].keys() == {"loss", "bpb", "experts", "entropy", "dead"}
+            assert line["causal"].keys() == {"loss", "bpb", "experts", "entropy", "variance", "dead"}
     last = load_checkpoint(folder / "last.pt")
     assert last["step"] == 7 and last["train_config"]["batch_size"] == 4 and last["config"]["n_expert"] == 4
     assert last["tokenizer"] == data.load(str(dataset)).tokenizer.meta
@@ -637,11 +637,14 @@ def evaluate_by_hand(run, router):
     entropies = [
         -sum(p * math.log(p) for p in row.tolist() if p) for row in load / load.sum(-1, keepdim=True)
     ]
+    relative = [[4 * n / sum(row) for n in row] for row in load.tolist()]  # of 4 experts; the mean is 1
+    variances = [sum((share - 1) ** 2 for share in row) / 4 for row in relative]
     return {
         "loss": sum(nats) / len(nats),
         "bpb": sum(nats) / math.log(2) / n_bytes,
         "experts": pytest.approx([sum(experts) / len(experts), min(experts), max(experts)]),
         "entropy": pytest.approx(sum(entropies) / 2 / math.log(4), abs=1e-5),
+        "variance": pytest.approx(sum(variances) / 2, abs=1e-5),
         "dead": (load == 0).sum().item(),
     }
 
