@@ -329,7 +329,7 @@ def bench_train(bench: Bench) -> list[dict]:
     text = bench.text(model.config.vocab_size, size.batch_size, size.tokens + 1)
     step = train_step(model, bench.compiled(model), text, bench.dtype)
     calls = {name: partial(step, name) for name in PLAIN}
-    times = bench.interleave(calls, 30)
+    times = bench.interleave(calls, 25)
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
     known = (peak for name, peak in PEAKS.items() if name in bench.machine and bench.dtype != torch.float32)
     peak_flops = next(known, None)
