@@ -910,7 +910,7 @@ FAMILIES = {
     ),
 }
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a file may have
-ROUTING = ("router", "min_experts", "max_experts", "strict", "mass")  # no part of a file: chosen on opening
+ROUTING = ("router", "min_experts", "max_experts", "strict", "mass")  # chosen anew whenever weights are used
 
 
 def pretrained_config(name_or_path: str | Path) -> MoEConfig:

@@ -34,6 +34,7 @@ import data
 from config import bad_input_exits, parse
 from config.device import DTYPES, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from model import (
+    ROUTING,
     MoEConfig,
     MoEGPT,
     Stats,
@@ -143,8 +144,8 @@ class TrainConfig(MoEConfig):
 
 
 # what decides the shapes and the meaning of the weights; the routing may change from run to run
-ROUTING = {"router", "k", "min_experts", "max_experts", "strict", "mass"}
-ARCHITECTURE = [field.name for field in fields(MoEConfig) if field.name not in {*ROUTING, "block_size"}]
+CHANGEABLE = {*ROUTING, "k", "block_size"}
+ARCHITECTURE = [field.name for field in fields(MoEConfig) if field.name not in CHANGEABLE]
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
 OPTIMIZER = ["train_only", "weights_dtype"]  # what decides its state
 
