@@ -394,6 +394,7 @@ class MoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(config.n_expert, config.n_hidden, config.n_embd))
         self.shared = MLP(config.n_embd, config.shared_hidden) if config.shared_hidden else None
         self.shared_gate = nn.Linear(config.n_embd, 1, bias=False) if config.shared_gate else None
+        self.prior: Tensor | None = None  # for online_seqtopk: router.pseudo_candidates
         # for selection: router.loss_free_update, cutoff_update
         self.register_buffer("bias", torch.zeros(config.n_expert + config.n_null))
 
@@ -428,7 +429,10 @@ class MoE(nn.Module):
     def select(self, scores: Tensor, context: Context, cache: ExpertCache | None) -> Tensor:
         if cache is not None:
             return cache.select(scores, context.active)
-        mask = context.router.select(scores, self.config.k, **routing_options(self.config, context.router))
+        options = routing_options(self.config, context.router)
+        if self.prior is not None and context.router is ROUTERS["online_seqtopk"]:
+            options["prior"] = self.prior
+        mask = context.router.select(scores, self.config.k, **options)
         return mask if context.active is None else mask & context.active.unsqueeze(-1)
 
     def max_pairs(self, tokens: int, context: Context) -> int | None:

@@ -1,0 +1,7 @@
+# What bench.py compares routers by: a minute on two CPU cores, so that a table has many settings and seeds.
+from config.tiny_topk import *
+
+n_expert = 32  # k = 8, 4 and 2 are a quarter, an eighth and a sixteenth of them
+n_hidden = 64
+max_iters = 400
+eval_interval = 80
