@@ -426,10 +426,11 @@ def loss_free_update(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 def kth_scores(scores: Tensor, k: int) -> Tensor:
     """The lowest score that each expert takes when it takes its S*k/E best of the S = B*T tokens.
 
-    scores (L, B, T, E) -> (L, E).
+    scores (B, T, E) -> (E,).
     """
-    S, E = scores[0, ..., 0].numel(), scores.shape[-1]
-    return scores.flatten(1, 2).kthvalue(S + 1 - max(1, S * k // E), dim=1).values
+    tokens = scores.flatten(0, 1)  # (S, E)
+    S, E = tokens.shape
+    return tokens.kthvalue(S + 1 - max(1, S * k // E), dim=0).values
 
 
 def cutoff_update(bias: Tensor, kth: Tensor, step: int) -> Tensor:
@@ -445,14 +446,14 @@ def cutoff_update(bias: Tensor, kth: Tensor, step: int) -> Tensor:
 L1_COEF = 1e-8  # the first weight of l1_loss
 
 
-def l1_loss(scores: Tensor, load: Tensor, k: int) -> Tensor:
+def l1_loss(scores: Tensor, mask: Tensor, k: int) -> Tensor:
     """The sum of a token's scores, each times its expert's load (ReMoE, arXiv 2412.14711, section 3.5).
 
-    A load of S*k/E of the S tokens counts as 1. Mean over tokens and layers.
-    scores (L, B, T, E), load (L, E) pairs of each expert -> scalar; its gradient flows through scores only.
+    A load of S*k/E of the S = B*T tokens counts as 1. Mean over tokens.
+    scores, mask (B, T, E) -> scalar; its gradient flows through scores only.
     """
-    even = scores[0, ..., 0].numel() * k / scores.shape[-1]
-    return (load / even * scores.mean((1, 2))).sum(-1).mean()
+    load = mask.float().mean((0, 1)) * (scores.shape[-1] / k)
+    return (load * scores.mean((0, 1))).sum()
 
 
 def l1_coef_update(coef: Tensor, load: Tensor, k: int, tokens: int) -> Tensor:

@@ -384,7 +384,7 @@ def test_the_dense_twin_has_no_experts():
     assert not any("gate" in name for name, _ in dense.named_parameters())
     assert close(logits[1], ref_model(dense, idx[1], None))
     assert stats.load.shape == (0, 1) and stats.experts.shape == (0, 2, 10)
-    assert stats.balance_loss == stats.z_loss == 0
+    assert stats.balance_loss == stats.z_loss == 0 and stats.routing == []
     assert dense.new_cache(2).expert_nbytes == 0
     assert [chunk.experts.shape for chunk in dense.generate(idx, 1)] == [(2, 10, 0), (2, 1, 0)]
     total, active = dense.n_params()
@@ -505,12 +505,11 @@ def test_statistics_count_what_is_computed(name):
     """Load and experts are of real experts; the balance loss is over all that a token can choose."""
     model, idx = make_under(name), tokens(2, 24)
     _, _, stats = model(idx, idx)
-    mask = stats.routing.mask
+    mask, scores = (torch.stack([getattr(r, name) for r in stats.routing]) for name in ("mask", "scores"))
     assert stats.load.shape == (2, 8) and mask.shape == (2, 2, 24, 8 + model.config.n_null)
     assert torch.equal(stats.load, mask[..., :8].sum((1, 2)))
     assert torch.equal(stats.experts, mask[..., :8].sum(-1))
     share = mask.sum((1, 2)) / mask.sum((1, 2, 3))[:, None]
-    scores = stats.routing.scores
     P = (scores / scores.sum(-1, keepdim=True).clamp(min=1e-9)).mean((1, 2))
     assert close(stats.balance_loss, (share * P).sum(-1).mean() * mask.shape[-1])
 
