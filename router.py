@@ -398,7 +398,7 @@ def _shares(scores: Tensor) -> Tensor:
 
 
 def entropy_loss(scores: Tensor) -> Tensor:
-    """Mean entropy, in nats, of a token's scores: lower is fewer experts under top_p (arXiv 2403.07652, 3.2).
+    """Mean entropy, in nats, of a token's scores: lower is fewer experts under top_p (arXiv 2403.07652).
 
     scores (..., E) -> scalar.
     """
@@ -447,7 +447,7 @@ L1_COEF = 1e-8  # the first weight of l1_loss
 
 
 def l1_loss(scores: Tensor, mask: Tensor, k: int) -> Tensor:
-    """The sum of a token's scores, each times its expert's load (ReMoE, arXiv 2412.14711, section 3.5).
+    """The sum of a token's scores, each times its expert's load (ReMoE, arXiv 2412.14711, section 3.4).
 
     A load of S*k/E of the S = B*T tokens counts as 1. Mean over tokens.
     scores, mask (B, T, E) -> scalar; its gradient flows through scores only.
@@ -458,7 +458,7 @@ def l1_loss(scores: Tensor, mask: Tensor, k: int) -> Tensor:
 
 def l1_coef_update(coef: Tensor, load: Tensor, k: int, tokens: int) -> Tensor:
     """The next weight of l1_loss: this one times 1.2 if more than k experts per token were spent, by 1.2 if
-    fewer (arXiv 2412.14711, section 3.4).
+    fewer (arXiv 2412.14711, section 3.3).
 
     coef scalar; load (L, E) pairs that each expert got of `tokens` tokens -> scalar.
     """
