@@ -151,6 +151,7 @@ def null_experts(scores: Tensor, k: int, n_null: int = 0) -> Tensor:
     """topk over E experts and n_null that do nothing and cost nothing (arXiv 2406.13233, 2601.15370).
 
     Every token takes its k * (E + n_null) / E best, of which k are real ones on average if the load is even.
+    Each null expert has scores of its own, as in the first paper; in the second they are copies of one.
 
     scores (B, T, E + n_null), the null experts last -> mask of the same shape. Raises ValueError for an
     impossible k or n_null (check_bounds, check_slots).
@@ -434,7 +435,8 @@ def kth_scores(scores: Tensor, k: int) -> Tensor:
 
 
 def cutoff_update(bias: Tensor, kth: Tensor, step: int) -> Tensor:
-    """The next bias of expert_threshold: 1 - a moving average of kth_scores (arXiv 2603.11535).
+    """The next bias of expert_threshold: 1 - a moving average of kth_scores (arXiv 2603.11535, algorithm 1,
+    where it is of logits).
 
     step: updates before this one. The average forgets 1 in 1,000 of itself as in the paper, but in a run's
     first 10,000 steps 10 in (step + 10), as scores change fast then: the first update leaves nothing old.
@@ -447,7 +449,7 @@ L1_COEF = 1e-8  # the first weight of l1_loss
 
 
 def l1_loss(scores: Tensor, mask: Tensor, k: int) -> Tensor:
-    """The sum of a token's scores, each times its expert's load (ReMoE, arXiv 2412.14711, section 3.4).
+    """The sum of a token's scores, each times its expert's load (ReMoE, arXiv 2412.14711, eq. 10 and 11).
 
     A load of S*k/E of the S = B*T tokens counts as 1. Mean over tokens.
     scores, mask (B, T, E) -> scalar; its gradient flows through scores only.
@@ -458,7 +460,7 @@ def l1_loss(scores: Tensor, mask: Tensor, k: int) -> Tensor:
 
 def l1_coef_update(coef: Tensor, load: Tensor, k: int, tokens: int) -> Tensor:
     """The next weight of l1_loss: this one times 1.2 if more than k experts per token were spent, by 1.2 if
-    fewer (arXiv 2412.14711, section 3.3).
+    fewer (arXiv 2412.14711, eq. 7 and 8).
 
     coef scalar; load (L, E) pairs that each expert got of `tokens` tokens -> scalar.
     """
