@@ -262,7 +262,6 @@ class Run:
         torch.set_rng_state(checkpoint["rng"].cpu())
         for name in ("step", "evaluated", "best"):
             setattr(self, name, checkpoint[name])
-        self.l1_coef = checkpoint.get("l1_coef", self.l1_coef)
 
 
 def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) -> Run:
@@ -281,6 +280,8 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     print(f"compile   {compiled} ({compile_reason})")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(config, dataset, device, dtype, model, model, make_optimizer(model, config), scaler)
+    if checkpoint:  # a new run that begins from it, too: at 1e-8 the gates would open again
+        run.l1_coef = checkpoint.get("l1_coef", run.l1_coef)
     if config.init_from == "resume":
         run.restore(checkpoint)
     if compiled:

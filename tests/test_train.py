@@ -503,6 +503,16 @@ def test_the_weight_of_remoes_loss_by_hand(start, seen):
     assert load_checkpoint(folder / "last.pt")["l1_coef"].item() == pytest.approx(coef, rel=1e-5)
 
 
+def test_tuning_goes_on_with_the_weight_of_remoes_loss(start):
+    """A run that begins from a ReMoE checkpoint moves the weight that the checkpoint has."""
+    settings = {"router": "remoe", "score_fn": "relu"}
+    begun = start("begun", **settings)
+    tuned = start("tuned", **settings, init_from=begun, max_iters=1)
+    paths = begun / "best.pt", tuned / "last.pt"
+    before, after = (load_checkpoint(path)["l1_coef"].item() for path in paths)
+    assert before > 2e-8 and max(after / before, before / after) == pytest.approx(1.2)
+
+
 def test_losses_of_routers_by_hand(make_run):
     """The weighted entropy is added where asked for, and under remoe the L1 loss with its own weight."""
     run = make_run(router="remoe", score_fn="relu", balance_coef=0, z_coef=0, entropy_coef=0.5)
