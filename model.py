@@ -130,7 +130,7 @@ SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid
 
 class Routing(NamedTuple):
     """What the gate of one layer said of each token, and what the router made of it: (B, T, E) each, or
-    (B, T, E + n_null). Of all L layers: (L, B, T, E)."""
+    (B, T, E + n_null)."""
 
     logits: Tensor  # float32
     scores: Tensor  # float32
@@ -144,7 +144,7 @@ class Stats(NamedTuple):
     z_loss: Tensor  # scalar, mean over layers
     load: Tensor  # (L, E) pairs that each expert got
     experts: Tensor  # (L, B, T) experts that each token got
-    routing: Routing | None  # of all layers; None in a dense model
+    routing: list[Routing]  # of each layer
 
 
 # -------------------- caches ------------------------------------------------------------------------------
@@ -572,12 +572,11 @@ class MoEGPT(nn.Module):
         if not routings:
             zero = torch.zeros((), device=idx.device)
             load = idx.new_zeros(0, self.config.n_expert)
-            return Stats(zero, zero, load, idx.new_zeros(0, *idx.shape), None)
-        routing = Routing(*map(torch.stack, zip(*routings, strict=True)))  # (L, B, T, E)
-        layers = zip(routing.scores, routing.mask, strict=True)
-        balance = torch.stack([load_balance_loss(*layer) for layer in layers])
-        real = routing.mask[..., : self.config.n_expert]
-        return Stats(balance.mean(), z_loss(routing.logits), real.sum((1, 2)), real.sum(-1), routing)
+            return Stats(zero, zero, load, idx.new_zeros(0, *idx.shape), [])
+        balance = torch.stack([load_balance_loss(layer.scores, layer.mask) for layer in routings])
+        z = torch.stack([z_loss(layer.logits) for layer in routings])
+        real = torch.stack([layer.mask[..., : self.config.n_expert] for layer in routings])  # (L, B, T, E)
+        return Stats(balance.mean(), z.mean(), real.sum((1, 2)), real.sum(-1), routings)
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None, router: str | None = None) -> Cache:
         """An empty cache for batch_size sequences of up to max_tokens (None: block_size) tokens.

@@ -151,6 +151,7 @@ def null_experts(scores: Tensor, k: int, n_null: int = 0) -> Tensor:
     """topk over E experts and n_null that do nothing and cost nothing (arXiv 2406.13233, 2601.15370).
 
     Every token takes its k * (E + n_null) / E best, of which k are real ones on average if the load is even.
+    Each null expert has scores of its own, as in the first paper; in the second they are copies of one.
 
     scores (B, T, E + n_null), the null experts last -> mask of the same shape. Raises ValueError for an
     impossible k or n_null (check_bounds, check_slots).
@@ -466,7 +467,7 @@ def _shares(scores: Tensor) -> Tensor:
 
 
 def entropy_loss(scores: Tensor) -> Tensor:
-    """Mean entropy, in nats, of a token's scores: lower is fewer experts under top_p (arXiv 2403.07652, 3.2).
+    """Mean entropy, in nats, of a token's scores: lower is fewer experts under top_p (arXiv 2403.07652).
 
     scores (..., E) -> scalar.
     """
@@ -494,14 +495,16 @@ def loss_free_update(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 def kth_scores(scores: Tensor, k: int) -> Tensor:
     """The lowest score that each expert takes when it takes its S*k/E best of the S = B*T tokens.
 
-    scores (L, B, T, E) -> (L, E).
+    scores (B, T, E) -> (E,).
     """
-    S, E = scores[0, ..., 0].numel(), scores.shape[-1]
-    return scores.flatten(1, 2).kthvalue(S + 1 - max(1, S * k // E), dim=1).values
+    tokens = scores.flatten(0, 1)  # (S, E)
+    S, E = tokens.shape
+    return tokens.kthvalue(S + 1 - max(1, S * k // E), dim=0).values
 
 
 def cutoff_update(bias: Tensor, kth: Tensor, step: int) -> Tensor:
-    """The next bias of expert_threshold: 1 - a moving average of kth_scores (arXiv 2603.11535).
+    """The next bias of expert_threshold: 1 - a moving average of kth_scores (arXiv 2603.11535, algorithm 1,
+    where it is of logits).
 
     step: updates before this one. The average forgets 1 in 1,000 of itself as in the paper, but in a run's
     first 10,000 steps 10 in (step + 10), as scores change fast then: the first update leaves nothing old.
@@ -513,19 +516,19 @@ def cutoff_update(bias: Tensor, kth: Tensor, step: int) -> Tensor:
 L1_COEF = 1e-8  # the first weight of l1_loss
 
 
-def l1_loss(scores: Tensor, load: Tensor, k: int) -> Tensor:
-    """The sum of a token's scores, each times its expert's load (ReMoE, arXiv 2412.14711, section 3.5).
+def l1_loss(scores: Tensor, mask: Tensor, k: int) -> Tensor:
+    """The sum of a token's scores, each times its expert's load (ReMoE, arXiv 2412.14711, eq. 10 and 11).
 
-    A load of S*k/E of the S tokens counts as 1. Mean over tokens and layers.
-    scores (L, B, T, E), load (L, E) pairs of each expert -> scalar; its gradient flows through scores only.
+    A load of S*k/E of the S = B*T tokens counts as 1. Mean over tokens.
+    scores, mask (B, T, E) -> scalar; its gradient flows through scores only.
     """
-    even = scores[0, ..., 0].numel() * k / scores.shape[-1]
-    return (load / even * scores.mean((1, 2))).sum(-1).mean()
+    load = mask.float().mean((0, 1)) * (scores.shape[-1] / k)
+    return (load * scores.mean((0, 1))).sum()
 
 
 def l1_coef_update(coef: Tensor, load: Tensor, k: int, tokens: int) -> Tensor:
     """The next weight of l1_loss: this one times 1.2 if more than k experts per token were spent, by 1.2 if
-    fewer (arXiv 2412.14711, section 3.4).
+    fewer (arXiv 2412.14711, eq. 7 and 8).
 
     coef scalar; load (L, E) pairs that each expert got of `tokens` tokens -> scalar.
     """

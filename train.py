@@ -262,7 +262,6 @@ class Run:
         torch.set_rng_state(checkpoint["rng"].cpu())
         for name in ("step", "evaluated", "best"):
             setattr(self, name, checkpoint[name])
-        self.l1_coef = checkpoint.get("l1_coef", self.l1_coef)
 
 
 def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) -> Run:
@@ -281,6 +280,8 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     print(f"compile   {compiled} ({compile_reason})")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(config, dataset, device, dtype, model, model, make_optimizer(model, config), scaler)
+    if checkpoint:  # a new run that begins from it, too: at 1e-8 the gates would open again
+        run.l1_coef = checkpoint.get("l1_coef", run.l1_coef)
     if config.init_from == "resume":
         run.restore(checkpoint)
     if compiled:
@@ -423,10 +424,12 @@ def losses(run: Run, x: Tensor, y: Tensor, router: str | None = None) -> tuple[T
     with run.autocast():
         _, loss, stats = run.forward(x, y, router=router)
     total = loss + config.balance_coef * stats.balance_loss + config.z_coef * stats.z_loss
-    if stats.routing and config.entropy_coef:
-        total = total + config.entropy_coef * entropy_loss(stats.routing.scores)
-    if stats.routing and ROUTERS[router].l1:
-        total = total + run.l1_coef * l1_loss(stats.routing.scores, stats.load, config.k)
+    for layer in stats.routing:
+        share = 1 / len(stats.routing)
+        if config.entropy_coef:
+            total = total + share * config.entropy_coef * entropy_loss(layer.scores)
+        if ROUTERS[router].l1:
+            total = total + share * run.l1_coef * l1_loss(layer.scores, layer.mask, config.k)
     return total, loss.detach(), stats
 
 
@@ -439,9 +442,10 @@ def train_step(run: Run) -> Tensor:
         run.scaler.scale(total / n).backward()  # all count alike, however many answers they hold
         mean_loss = mean_loss + loss / n
         if stats.routing:
-            load = load + stats.routing.mask.sum((1, 2))
+            load = load + torch.stack([layer.mask.sum((0, 1)) for layer in stats.routing])
             if config.has_cutoffs:
-                kth = kth + kth_scores(stats.routing.scores.detach(), config.k) / n
+                kths = [kth_scores(layer.scores.detach(), config.k) for layer in stats.routing]
+                kth = kth + torch.stack(kths) / n
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     for group in run.optimizer.param_groups:

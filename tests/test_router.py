@@ -237,6 +237,7 @@ def test_expert_threshold_is_its_definition(kind, seed):
     got, want = expert_threshold(scores + (1 - cutoff), 1), ref_expert_threshold(scores, cutoff)
     assert same(got[clear], want[clear])
     assert not expert_threshold(scores, 1).any()  # no cutoff yet
+    assert not expert_threshold(torch.tensor([[[0.25, 0.5]]]) + torch.tensor([0.75, 0.5]), 1).any()  # at it
 
 
 @each_case
@@ -907,20 +908,18 @@ def test_an_impossible_mass_is_refused(mass):
 @pytest.mark.parametrize("k", [1, 3, 8])
 @each_kind
 def test_kth_scores_are_those_of_a_sorted_batch(kind, k):
-    """The score at rank S*k/E, and at least at rank 1, of each expert over all sequences of a layer."""
-    scores = torch.stack([make_scores(kind, 2, 11, 8, seed) for seed in range(3)])  # (L, B, T, E)
-    rank = max(1, 22 * k // 8)
-    want = [
-        [sorted(layer[..., e].flatten().tolist(), reverse=True)[rank - 1] for e in range(8)]
-        for layer in scores
-    ]
-    assert kth_scores(scores, k).tolist() == want
+    """The score at rank S*k/E, and at least at rank 1, of each expert over all sequences."""
+    for T in (1, 3, 11):
+        scores = make_scores(kind, 2, T, 8)
+        rank = max(1, 2 * T * k // 8)
+        want = [sorted(scores[..., e].flatten().tolist(), reverse=True)[rank - 1] for e in range(8)]
+        assert kth_scores(scores, k).tolist() == want
 
 
 def test_cutoffs_give_each_expert_its_share():
     """After the first update from zero each expert takes its S*k/E best tokens, but for the last of them."""
     scores = make_scores("sigmoid", 4, 64, 8) * torch.linspace(0.2, 1, 8)
-    bias = cutoff_update(torch.zeros(8), kth_scores(scores[None], 2)[0], 0)
+    bias = cutoff_update(torch.zeros(8), kth_scores(scores, 2), 0)
     load = expert_threshold(scores + bias, 2).sum((0, 1))
     assert load.tolist() == pytest.approx([4 * 64 * 2 / 8] * 8, abs=1)
 
@@ -935,18 +934,15 @@ def test_cutoffs_are_a_moving_average():
 
 
 def test_l1_loss_is_its_formula():
-    """Mean over layers and tokens of a token's scores, each times its expert's load, S*k/E pairs being 1."""
-    scores = torch.stack([make_scores("logits", 2, 7, 4, seed) for seed in range(3)]).relu().requires_grad_()
-    load = (scores > 0).sum((1, 2))
-    want = sum(
-        4 / (3 * 14) * load[layer, e].item() * sum(scores[layer, :, :, e].flatten().tolist()) / 14
-        for layer in range(3)
-        for e in range(4)
-    )
-    loss = l1_loss(scores, load, 3)
-    assert loss.item() == pytest.approx(want / 3, rel=1e-5)
+    """Mean over tokens of a token's scores, each times its expert's load, S*k/E pairs being 1."""
+    scores = make_scores("logits", 2, 7, 4).relu().requires_grad_()
+    mask = scores > 0
+    load = mask.sum((0, 1))
+    want = sum(4 / (3 * 14) * load[e].item() * sum(scores[..., e].flatten().tolist()) / 14 for e in range(4))
+    loss = l1_loss(scores, mask, 3)
+    assert loss.item() == pytest.approx(want, rel=1e-5)
     loss.backward()
-    torch.testing.assert_close(scores.grad, (load / (3 * 14) * 4 / 14 / 3)[:, None, None].expand_as(scores))
+    torch.testing.assert_close(scores.grad, (load / (3 * 14) * 4 / 14).expand_as(scores))
 
 
 @pytest.mark.parametrize("spent, factor", [(81, 1.2), (80, 1.0), (79, 1 / 1.2), (0, 1 / 1.2)])

@@ -470,10 +470,10 @@ def test_bias_by_hand(start, seen):
         torch.testing.assert_close(model[f"blocks.{layer}.mlp.bias"], bias[layer])
 
 
-def kth_by_hand(scores, rank):
-    """The rank-th largest score of each expert in each layer: (L, B, T, E) -> (L, E)."""
+def kth_by_hand(routing, rank):
+    """The rank-th largest score of each expert in each layer (L, E)."""
     return torch.stack(
-        [layer.flatten(0, 1).sort(dim=0, descending=True).values[rank - 1] for layer in scores]
+        [layer.scores.flatten(0, 1).sort(dim=0, descending=True).values[rank - 1] for layer in routing]
     )
 
 
@@ -485,9 +485,7 @@ def test_cutoffs_by_hand(start, seen):
     folder = start(gradient_accumulation_steps=2, **settings, **warm_up)
     cutoff = torch.ones(2, 4)
     for step in range(3):
-        kth = [
-            kth_by_hand(call.stats.routing.scores, 4 * 32 * 2 // 4) for call in seen[2 * step : 2 * step + 2]
-        ]
+        kth = [kth_by_hand(call.stats.routing, 4 * 32 * 2 // 4) for call in seen[2 * step : 2 * step + 2]]
         cutoff = cutoff + 10 / (step + 10) * ((kth[0] + kth[1]) / 2 - cutoff)
     model = load_checkpoint(folder / "last.pt")["model"]
     for layer in range(2):
@@ -505,12 +503,22 @@ def test_the_weight_of_remoes_loss_by_hand(start, seen):
     assert load_checkpoint(folder / "last.pt")["l1_coef"].item() == pytest.approx(coef, rel=1e-5)
 
 
+def test_tuning_goes_on_with_the_weight_of_remoes_loss(start):
+    """A run that begins from a ReMoE checkpoint moves the weight that the checkpoint has."""
+    settings = {"router": "remoe", "score_fn": "relu"}
+    begun = start("begun", **settings)
+    tuned = start("tuned", **settings, init_from=begun, max_iters=1)
+    paths = begun / "best.pt", tuned / "last.pt"
+    before, after = (load_checkpoint(path)["l1_coef"].item() for path in paths)
+    assert before > 2e-8 and max(after / before, before / after) == pytest.approx(1.2)
+
+
 def test_losses_of_routers_by_hand(make_run):
     """The weighted entropy is added where asked for, and under remoe the L1 loss with its own weight."""
     run = make_run(router="remoe", score_fn="relu", balance_coef=0, z_coef=0, entropy_coef=0.5)
     run.l1_coef = torch.tensor(0.25)
     total, loss, stats = train.losses(run, *train.batch(run, 0))
-    scores = stats.routing.scores
+    scores = torch.stack([layer.scores for layer in stats.routing])  # (L, B, T, E)
     share = scores / scores.sum(-1, keepdim=True).clamp(min=1e-9)
     entropy = torch.special.entr(share).sum(-1).mean()
     l1 = (stats.load[:, None, None] * 4 / (2 * 4 * 32) * scores).sum(-1).mean()
