@@ -961,7 +961,7 @@ def train_run(config: BenchConfig, arm: Arm, seed: int, may_begin: bool) -> bool
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "train.txt", "a") as output:
         command = [sys.executable, str(HOME / "train.py"), *map(command_line, settings.items())]
-        code = subprocess.run(command, stdout=output, stderr=output).returncode
+        code = subprocess.call(command, stdout=output, stderr=output)
     if code:
         last = (folder / "train.txt").read_text().strip().splitlines()[-1:]
         tqdm.write(f"{arm.name}, seed {seed} failed: {' '.join(last)} (more in {folder / 'train.txt'})")
@@ -1331,7 +1331,7 @@ def bench_shared(bench: Bench) -> list[dict]:
 def bench_gap(bench: Bench) -> list[dict]:
     """Claim 10: can the gap between global training and online decoding be closed?
 
-    "gap" is the loss less that under SeqTopK of the same weights. With a prior of n0 tokens, a sequence begins
+    "gap" is the loss less that under SeqTopK of the same weights. With a prior of n0 tokens a text begins
     as if after n0 usual ones: quantiles of the scores that the trained model gives to training text. n0=0 is
     online SeqTopK, and the largest n0 all but a fixed threshold. The last rows had 100 iterations more.
     """

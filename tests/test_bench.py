@@ -363,7 +363,7 @@ def test_quality_compares_pairs_of_runs_and_runs_none_twice(quality, monkeypatch
     assert base["experts per token"] == [2, 0] and other["experts per token"][0] <= 2
     assert other["nats, to base"][0] == pytest.approx(other["nats"][0] - base["nats"][0], abs=2e-4)
     assert other["leak"][0] == pytest.approx(other["nats"][0] - other["as trained"][0], abs=2e-4)
-    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **options: pytest.fail("a run began"))
+    monkeypatch.setattr(bench.subprocess, "call", lambda *args, **options: pytest.fail("a run began"))
     assert quality(*argv)[0] == rows
 
 
