@@ -114,7 +114,7 @@ class BenchConfig:
     text: str | None = None  # switch: file with the text
     config: str = "config/quality.py"  # quality: settings of train.py that all runs share
     routers: str = ",".join(PLAIN)  # quality: what to compare; the first is what others are compared to
-    ks: str | None = None  # quality: values of k, each compared for itself (none: the config's)
+    ks: str | None = None  # quality: values of k, each compared for itself (none: k, or 2)
     seeds: int | None = None  # quality: runs of each kind, beginning with `seed` (none: 3, quick 2)
     quick: bool = False  # quality: a quarter of the iterations, for a look in minutes
     budget: float | None = None  # quality: minutes after which no other run begins; the next call goes on
@@ -864,19 +864,42 @@ def bench_quality(bench: Bench) -> list[dict]:
     is all behind a +-. Load: entropy of the experts' shares (1: uniform), variance of share * E (0: uniform),
     experts without any token. Runs are kept in out/quality, and what is finished is not run again.
     """
-    routers, ks = bench.config.routers.split(","), (bench.config.ks or "").split(",")
+    routers, ks = bench.config.routers.split(","), (bench.config.ks or str(k_of(bench))).split(",")
     for name in routers:
-        require(name in ROUTERS, "routers", name, f"of {', '.join(ROUTERS)}, with commas between")
-    return compare(bench, [arm for k in ks for arm in router_arms(routers, k)])
+        known = [*ROUTERS, "loss_free"]
+        require(name in known, "routers", name, f"of {', '.join(known)}, with commas between")
+    return compare(
+        bench,
+        [
+            Arm(f"{router}, k={k}", recipe(bench.config, router) | {"k": int(k)}, f"{routers[0]}, k={k}")
+            for k in ks
+            for router in routers
+        ],
+    )
 
 
-def router_arms(routers: list[str], k: int | str = "", **settings) -> list[Arm]:
-    """An arm for each router, compared to the first, with k experts per token (none: the config's)."""
-    names = {router: f"{router}, k={k}" if k else router for router in routers}
-    settings |= {"k": int(k)} if k else {}
+def recipe(config: BenchConfig, router: str) -> dict[str, object]:
+    """Settings of train.py under which a router is what it should be; "loss_free" is TopK with that bias."""
+    shared = shared_settings(config)
+    if router == "loss_free":
+        normalised_sigmoid = {"score_fn": "sigmoid", "norm_topk": True}
+        return {"router": "topk", **normalised_sigmoid, "bias_rate": 0.001, "balance_coef": 0.0}
+    more = {
+        "expert_threshold": {
+            "first_router": "expert_choice",
+            "first_iters": max(1, shared["max_iters"] // 10),
+        },
+        "null_experts": {"n_null": shared["n_expert"]},
+    }
+    unbalanced = {"balance_coef": 0.0} if ROUTERS[router].cutoffs or ROUTERS[router].l1 else {}
+    return {"router": router, **dict(ROUTERS[router].needs), **more.get(router, {}), **unbalanced}
+
+
+def router_arms(routers: list[str], k: int, **settings) -> list[Arm]:
+    """An arm for each router with k experts per token, compared to the first."""
     return [
-        Arm(name, {"router": router, **dict(ROUTERS[router].needs), **settings}, names[routers[0]])
-        for router, name in names.items()
+        Arm(f"{router}, k={k}", {"router": router, "k": k, **settings}, f"{routers[0]}, k={k}")
+        for router in routers
     ]
 
 
