@@ -474,8 +474,14 @@ class Chunk(NamedTuple):
     """Tokens that `generate` fed to the model, and what the model gave them."""
 
     tokens: Tensor  # (B, t) int64
-    experts: Tensor  # (B, t, L) experts that each token got in each layer that has experts
+    mask: Tensor  # (B, t, L, E) bool, which experts each token got in each layer that has experts
     active: Tensor  # (B, t) bool, False for padding and in rows that have stopped
+    last_hidden: Tensor  # (B, t, C) after the last norm: the head makes the logits of the next tokens of it
+
+    @property
+    def experts(self) -> Tensor:
+        """(B, t, L) how many experts each token got."""
+        return self.mask.sum(-1)
 
 
 class MoEGPT(nn.Module):
@@ -620,8 +626,8 @@ class MoEGPT(nn.Module):
         if idx.shape[1] > cache.max_tokens:
             text, real = text[:, -half:], real[:, -half:]
         padded = active is not None
-        logits, experts = self._feed(text, cache, real if padded else None)
-        yield Chunk(text, experts, real)
+        logits, chunk = self._feed(text, real, cache, padded)
+        yield chunk
         alive = torch.ones_like(real[:, :1])
         for _ in range(max_new_tokens):
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
@@ -633,17 +639,20 @@ class MoEGPT(nn.Module):
                 padded = padded or n_alive < len(alive)
             if cache.pos == cache.max_tokens:
                 cache.reset()
-                self._feed(text[:, -half:], cache, real[:, -half:] if padded else None)
-            logits, experts = self._feed(token, cache, alive if padded else None)
+                self._feed(text[:, -half:], real[:, -half:], cache, padded)
+            logits, chunk = self._feed(token, alive, cache, padded)
             text, real = torch.cat([text, token], dim=1), torch.cat([real, alive], dim=1)
-            yield Chunk(token, experts, alive)
+            yield chunk
 
-    def _feed(self, idx: Tensor, cache: Cache, active: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits (B, V) after the last token, and experts (B, t, L) of each."""
-        x, routings = self._trunk(idx, cache, None, active)
+    def _feed(self, idx: Tensor, active: Tensor, cache: Cache, padded: bool) -> tuple[Tensor, Chunk]:
+        """Logits (B, V) after the last token of idx (B, t), and what the model gave each of them.
+
+        active (B, t) counts only where some token may not be active, which `padded` says.
+        """
+        x, routings = self._trunk(idx, cache, None, active if padded else None)
         masks = [routing.mask[..., : self.config.n_expert] for routing in routings]
-        experts = torch.stack(masks, dim=2).sum(-1) if masks else idx.new_zeros(*idx.shape, 0)
-        return self.head(x[:, -1]).float(), experts
+        mask = torch.stack(masks, dim=2) if masks else active.new_zeros(*idx.shape, 0, self.config.n_expert)
+        return self.head(x[:, -1]).float(), Chunk(idx, mask, active, x)
 
     def expert_layers(self) -> list[MoE]:
         """The L layers that have experts, in the order of Stats."""
