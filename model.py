@@ -17,8 +17,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -622,15 +623,28 @@ class MoEGPT(nn.Module):
         needed = max(2, idx.shape[1] + max_new_tokens)
         cache = cache or self.new_cache(len(idx), min(needed, self.config.block_size))
         text, real = idx, torch.ones_like(idx, dtype=torch.bool) if active is None else active
-        half = cache.max_tokens // 2
         if idx.shape[1] > cache.max_tokens:
+            half = cache.max_tokens // 2
             text, real = text[:, -half:], real[:, -half:]
-        padded = active is not None
+        draw = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        yield from self._write(text, real, cache, active is not None, draw, max_new_tokens, stop)
+
+    def _write(
+        self,
+        text: Tensor,
+        real: Tensor,
+        cache: Cache,
+        padded: bool,
+        draw: Callable[[Tensor], Tensor],
+        max_new_tokens: int,
+        stop: int | None,
+    ) -> Iterator[Chunk]:
+        """`generate` from a prompt text (B, P) that fits. Not all of real (B, P) is True if `padded`."""
         logits, chunk = self._feed(text, real, cache, padded)
         yield chunk
-        alive = torch.ones_like(real[:, :1])
+        half, alive = cache.max_tokens // 2, torch.ones_like(real[:, :1])
         for _ in range(max_new_tokens):
-            token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            token = draw(logits)  # (B, 1)
             if stop is not None:
                 alive = alive & (token != stop)
                 n_alive = int(alive.sum())
