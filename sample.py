@@ -308,27 +308,27 @@ def token_rows(chunks: list[Chunk], head: nn.Module, tokenizer: AnyTokenizer) ->
     names = ("tokens", "mask", "last_hidden")
     tokens, mask, hidden = (torch.cat([getattr(chunk, name)[0] for chunk in chunks]) for name in names)
     ids, prompt = tokens.tolist(), chunks[0].tokens.shape[1]
-    predicted = [(None, None), *predictions(head, hidden[:-1], tokens[1:])]
+    predicted = [{"entropy": None, "probability": None}, *predictions(head, hidden[:-1], tokens[1:])]
     experts = [[layer.nonzero().flatten().tolist() for layer in layers] for layers in mask.cpu()]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     rows = [
         {"text": piece(token, tokenizer, decoder), "name": token_name(token, tokenizer), "id": token}
         | {"prompt": position < prompt, "experts": experts[position]}
-        | dict(zip(("entropy", "probability"), predicted[position], strict=True))
+        | predicted[position]
         for position, token in enumerate(ids)
     ]
     rows[-1]["text"] += decoder.decode(b"", final=True)
     return rows
 
 
-def predictions(head: nn.Module, last_hidden: Tensor, following: Tensor) -> list[tuple[float, float]]:
+def predictions(head: nn.Module, last_hidden: Tensor, following: Tensor) -> list[dict[str, float]]:
     """Of each of the tokens following (n,), to four digits: the entropy in nats of the distribution that
     last_hidden (n, C) gives, at temperature 1 and before top_k and top_p, and its probability there."""
     found = []
     for hidden, token in zip(last_hidden.split(256), following.split(256), strict=True):  # (256, V) is enough
         ahead = Categorical(logits=head(hidden).float())
         found += zip(ahead.entropy().tolist(), ahead.log_prob(token).exp().tolist(), strict=True)
-    return [(float(f"{entropy:.4g}"), float(f"{probability:.4g}")) for entropy, probability in found]
+    return [{"entropy": float(f"{h:.4g}"), "probability": float(f"{p:.4g}")} for h, p in found]
 
 
 def token_name(token: int, tokenizer: AnyTokenizer) -> str:
