@@ -890,6 +890,7 @@ def recipe(config: BenchConfig, router: str) -> dict[str, object]:
             "first_iters": max(1, shared["max_iters"] // 10),
         },
         "null_experts": {"n_null": shared["n_expert"]},
+        "top_p": {"mass": 0.1},  # about 2 of the 32 experts of config/quality.py
     }
     unbalanced = {"balance_coef": 0.0} if ROUTERS[router].cutoffs or ROUTERS[router].l1 else {}
     return {"router": router, **dict(ROUTERS[router].needs), **more.get(router, {}), **unbalanced}
@@ -1380,14 +1381,18 @@ def bench_gap(bench: Bench) -> list[dict]:
     return judged(bench, [seqtopk], judge) + compare(bench, tuned)
 
 
+def usual_text(bench: Bench, run: Opened) -> tuple[Tensor, ...]:
+    """Batches of the training text, which tell how a trained model routes: (batch_size, T) each."""
+    size, T = run.batches[0][0].shape
+    return run.dataset.train_batch(0, USUAL_TOKENS // T, T, bench.config.seed)[0].to(bench.device).split(size)
+
+
 @torch.no_grad()
 def usual_scores(bench: Bench, run: Opened) -> list[Tensor]:
-    """Of each layer with experts, the scores that select, (B, T, E), of windows of the training text."""
-    T = run.batches[0][0].shape[1]
-    x, _ = run.dataset.train_batch(0, USUAL_TOKENS // T, T, bench.config.seed)
-    _, _, stats = run.model(x.to(bench.device))
-    layers = zip(stats.routing, run.model.expert_layers(), strict=True)
-    return [routing.scores + layer.bias for routing, layer in layers]
+    """Of each layer with experts, the scores that select, (n, T, E), for usual_text."""
+    found = [run.model(x)[2].routing for x in usual_text(bench, run)]
+    layers = zip(run.model.expert_layers(), zip(*found), strict=True)
+    return [torch.cat([routing.scores for routing in seen]) + layer.bias for layer, seen in layers]
 
 
 def bench_discount(bench: Bench) -> list[dict]:
@@ -1420,9 +1425,8 @@ def bench_prune(bench: Bench) -> list[dict]:
 @torch.no_grad()
 def without_least_used(bench: Bench, run: Opened) -> MoEGPT:
     """The model with the three quarters of each layer's experts that most tokens go to."""
-    T, model = run.batches[0][0].shape[1], run.model
-    x, _ = run.dataset.train_batch(0, USUAL_TOKENS // T, T, bench.config.seed)
-    load = model(x.to(bench.device), router=run.decode)[2].load  # (L, E)
+    model = run.model
+    load = sum(model(x, router=run.decode)[2].load for x in usual_text(bench, run))  # (L, E)
     smaller = MoEGPT(replace(model.config, n_expert=model.config.n_expert * 3 // 4)).to(bench.device)
     kept = load.argsort(dim=-1, descending=True, stable=True)[:, : smaller.config.n_expert].sort(-1).values
     whole = model.state_dict()
