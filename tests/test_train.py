@@ -477,12 +477,12 @@ def kth_by_hand(routing, rank):
     )
 
 
-def test_cutoffs_by_hand(start, seen):
+@pytest.mark.parametrize("first, then", [("expert_choice", "expert_threshold"), ("expert_threshold", "topk")])
+def test_cutoffs_by_hand(start, seen, first, then):
     """Each iteration moves a cutoff towards the score at which its expert would have taken its share of each
     micro-batch, from the first on, whichever router routes."""
-    settings = {"router": "expert_threshold", "score_fn": "sigmoid", "max_iters": 3}
-    warm_up = {"first_router": "expert_choice", "first_iters": 2}
-    folder = start(gradient_accumulation_steps=2, **settings, **warm_up)
+    settings = {"first_router": first, "first_iters": 2, "router": then, "score_fn": "sigmoid"}
+    folder = start(gradient_accumulation_steps=2, max_iters=3, **settings)
     cutoff = torch.ones(2, 4)
     for step in range(3):
         kth = [kth_by_hand(call.stats.routing, 4 * 32 * 2 // 4) for call in seen[2 * step : 2 * step + 2]]
@@ -490,7 +490,8 @@ def test_cutoffs_by_hand(start, seen):
     model = load_checkpoint(folder / "last.pt")["model"]
     for layer in range(2):
         torch.testing.assert_close(1 - model[f"blocks.{layer}.mlp.bias"], cutoff[layer])
-    assert [call.stats.load.sum().item() == 2 * 4 * 32 * 2 for call in seen] == [True] * 4 + [False] * 2
+    exact = [ROUTERS[router].exact for router in (first, first, then) for _ in range(2)]
+    assert [call.stats.load.sum().item() == 2 * 4 * 32 * 2 for call in seen] == exact
 
 
 def test_the_weight_of_remoes_loss_by_hand(start, seen):
@@ -585,6 +586,7 @@ def test_a_topk_checkpoint_goes_on_without_a_budget(start, tmp_path, router):
         ({"router": "remoe"}, "router remoe needs score_fn=relu"),
         ({"router": "remoe", "score_fn": "relu", "bias_rate": 0.1}, "router remoe needs bias_rate=0"),
         ({"router": "expert_threshold"}, "needs score_fn=sigmoid"),
+        ({"router": "expert_threshold", "score_fn": "sigmoid", "bias_rate": 0.1}, "needs bias_rate=0"),
         ({"router": "top_p", "bias_rate": 0.1}, "router top_p needs bias_rate=0"),
         ({"router": "null_experts", "norm_topk": "true", "n_null": 3}, "n_null is 3, but .* multiple of 8"),
         ({"first_router": "expert_choice"}, "first_iters is 0, but must be at least 1 for first_router"),
