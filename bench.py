@@ -19,6 +19,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,16 +31,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, quantiles, stdev
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -52,10 +56,10 @@ from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of, result_
 from data.pairs.prepare import Pair, read_pairs
 from data.source import read_text
 from model import MLP, Cache, Chunk, Context, MoE, MoEConfig, MoEGPT, load_checkpoint, require
-from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
+from router import ROUTERS, ExpertCache, online_seqtopk, pseudo_candidates, seqtopk
 
 HOME = Path(__file__).parent
-RUNS = HOME / "out" / "quality"
+RUNS = Path("out/quality")
 PLAIN = [name for name, row in ROUTERS.items() if not row.needs]  # routers that any model can run under
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # steps of an Expert Cache, one of which merges its buffers
@@ -64,6 +68,17 @@ CHECK_EVERY = 16  # tokens from one look for final answers to the next
 ANSWER_TOKENS = 400  # the most for an answer in gsm8k
 SWITCH_WINDOWS = 64  # of the text, in switch
 QUALITY_PROBLEMS = 60  # of each level of arithmetic
+SEEDS, QUICK_SEEDS = 3, 2
+QUICK = 4  # --quick has so many times fewer of
+QUICKENED = ("max_iters", "warmup_iters", "first_iters", "eval_interval")
+TUNING = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3}  # of a run that goes on
+LENGTHS = (256, 1024, 2048)
+PLACES = (16, 64, 256, 1024, 2048)  # ends of ranges of positions
+PRIORS = (0, 1, 4, 16, 64, 256, 4096)  # tokens
+USUAL_TOKENS = 2**14  # of the training text that tell how a trained model routes
+EXTREMES = 8  # words with the most experts, and as many with the fewest
+PER_EXPERT = ("gate.weight", "w_in", "w_out", "bias")  # what a layer has a row of for each expert
+OTHER_BATCHES = 1000  # from the seed of a run to that of another that goes on with its weights
 INIT_STD = 0.02  # of the model's random weights
 HEAVY = {"n_layer": 4, "n_head": 8, "n_embd": 1024, "n_hidden": 512, "n_expert": 64, "k": 8}
 OLMOE = MoEConfig(50304, 4096, n_layer=16, n_head=16, n_embd=2048, n_hidden=1024, n_expert=64, k=8)
@@ -97,10 +112,11 @@ class BenchConfig:
     shots: int = 0  # gsm8k: solved examples in the prompt, for models that were not fine-tuned
     dataset: str = "gsm8k"  # gsm8k: where test.jsonl and the examples come from
     text: str | None = None  # switch: file with the text
-    config: str = "config/arithmetic_topk.py"  # quality: settings of train.py that all runs share
+    config: str = "config/quality.py"  # quality: settings of train.py that all runs share
     routers: str = ",".join(PLAIN)  # quality: what to compare; the first is what others are compared to
-    ks: str | None = None  # quality: values of k, each compared for itself (none: the config's)
-    seeds: int = 3  # quality: runs of each kind, beginning with `seed`
+    ks: str | None = None  # quality: values of k, each compared for itself (none: k, or 2)
+    seeds: int | None = None  # quality: runs of each kind, beginning with `seed` (none: 3, quick 2)
+    quick: bool = False  # quality: a quarter of the iterations, for a look in minutes
     budget: float | None = None  # quality: minutes after which no other run begins; the next call goes on
     json: str | None = None  # file to keep the results in
     plot: str | None = None  # file to draw the ratios to; needs matplotlib
@@ -112,7 +128,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             low = 0 if name in ("budget", "effort", "seed", "shots") else 1
-            require(isinstance(value, str | None) or value >= low, name, value, f"at least {low}")
+            require(isinstance(value, str | bool | None) or value >= low, name, value, f"at least {low}")
 
 
 @dataclass(frozen=True)
@@ -834,8 +850,9 @@ class Arm:
     """One kind of run in a comparison."""
 
     name: str
-    settings: tuple[str, ...]  # of train.py, beyond those that all share
+    settings: dict[str, object]  # of train.py, beyond those that all share
     base: str  # name of the arm that it is compared to
+    after: "Arm | None" = None  # the arm whose last checkpoint it starts from
 
 
 def bench_quality(bench: Bench) -> list[dict]:
@@ -847,57 +864,138 @@ def bench_quality(bench: Bench) -> list[dict]:
     is all behind a +-. Load: entropy of the experts' shares (1: uniform), variance of share * E (0: uniform),
     experts without any token. Runs are kept in out/quality, and what is finished is not run again.
     """
-    routers, ks = bench.config.routers.split(","), (bench.config.ks or "").split(",")
+    routers, ks = bench.config.routers.split(","), (bench.config.ks or str(k_of(bench))).split(",")
     for name in routers:
-        require(name in ROUTERS, "routers", name, f"of {', '.join(ROUTERS)}, with commas between")
-    arms = []
-    for k in ks:
-        names = {router: f"{router}, k={k}" if k else router for router in routers}
-        for router, name in names.items():
-            needs = {"router": router, **dict(ROUTERS[router].needs), **({"k": k} if k else {})}
-            settings = tuple(f"--{key}={str(value).lower()}" for key, value in needs.items())
-            arms.append(Arm(name, settings, names[routers[0]]))
-    return compare(bench, arms)
+        known = [*ROUTERS, "loss_free"]
+        require(name in known, "routers", name, f"of {', '.join(known)}, with commas between")
+    return compare(
+        bench,
+        [
+            Arm(f"{router}, k={k}", recipe(bench.config, router) | {"k": int(k)}, f"{routers[0]}, k={k}")
+            for k in ks
+            for router in routers
+        ],
+    )
+
+
+def recipe(config: BenchConfig, router: str) -> dict[str, object]:
+    """Settings of train.py under which a router is what it should be; "loss_free" is TopK with that bias."""
+    shared = shared_settings(config)
+    if router == "loss_free":
+        normalised_sigmoid = {"score_fn": "sigmoid", "norm_topk": True}
+        return {"router": "topk", **normalised_sigmoid, "bias_rate": 0.001, "balance_coef": 0.0}
+    more = {
+        "expert_threshold": {
+            "first_router": "expert_choice",
+            "first_iters": max(1, shared["max_iters"] // 10),
+        },
+        "null_experts": {"n_null": shared["n_expert"]},
+    }
+    unbalanced = {"balance_coef": 0.0} if ROUTERS[router].cutoffs or ROUTERS[router].l1 else {}
+    return {"router": router, **dict(ROUTERS[router].needs), **more.get(router, {}), **unbalanced}
+
+
+def router_arms(routers: list[str], k: int, **settings) -> list[Arm]:
+    """An arm for each router with k experts per token, compared to the first."""
+    return [
+        Arm(f"{router}, k={k}", {"router": router, "k": k, **settings}, f"{routers[0]}, k={k}")
+        for router in routers
+    ]
+
+
+Judged = tuple[str, str, dict]  # the name of a row, that of the row it is compared to, and its figures
+
+
+def judged(bench: Bench, arms: list[Arm], judge: Callable[[Arm, Path], Iterable[Judged]]) -> list[dict]:
+    """A row for each name that `judge` gives to some of the runs: means over seeds."""
+    runs: dict[str, dict[int, dict]] = {}
+    bases = {}
+    for arm, seed, folder in trained(bench, arms):
+        for name, base, figures in judge(arm, folder):
+            runs.setdefault(name, {})[seed] = figures
+            bases[name] = base
+    return [quality_row(name, found, runs.get(bases[name], {})) for name, found in runs.items()]
 
 
 def compare(bench: Bench, arms: list[Arm]) -> list[dict]:
     """Train what is not trained yet, seed by seed, and put the figures of each arm into a row."""
-    config, figures = bench.config, {arm.name: {} for arm in arms}
-    end = time.monotonic() + 60 * (math.inf if config.budget is None else config.budget)
-    seeds = range(config.seed, config.seed + config.seeds)
-    for seed, arm in tqdm([(seed, arm) for seed in seeds for arm in arms], unit="run", disable=None):
-        folder = RUNS / run_name(config.config, arm, seed)
+
+    def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
         found = folder / "quality.json"
-        if not found.is_file() and time.monotonic() < end and train_run(config.config, arm, seed, folder):
+        if not found.is_file():
             found.write_text(json.dumps(run_figures(bench, folder)))
-        if found.is_file():
-            figures[arm.name][seed] = json.loads(found.read_text())
+        yield arm.name, arm.base, json.loads(found.read_text())
+
+    return judged(bench, arms, judge)
+
+
+def trained(bench: Bench, arms: list[Arm]) -> Iterator[tuple[Arm, int, Path]]:
+    """Each arm and seed with the folder of its run, which is trained now if it is not yet; seed by seed.
+
+    Left out, with a line that says so, is what fails and what would begin after the budget of minutes.
+    """
+    config = bench.config
+    end = time.monotonic() + 60 * (math.inf if config.budget is None else config.budget)
+    seeds = range(config.seed, config.seed + (config.seeds or (QUICK_SEEDS if config.quick else SEEDS)))
+    for seed, arm in tqdm([(seed, arm) for seed in seeds for arm in arms], unit="run", disable=None):
+        runs = filter(None, (arm.after, arm))
+        if all(train_run(config, run, seed, time.monotonic() < end) for run in runs):
+            yield arm, seed, run_folder(config, arm, seed)
         else:
             tqdm.write(f"missing: {arm.name}, seed {seed}")
-    return [quality_row(arm.name, figures[arm.name], figures[arm.base]) for arm in arms if figures[arm.name]]
 
 
-def run_name(config: str, arm: Arm, seed: int) -> str:
-    """Another name for other settings: a config that has changed since has runs of its own."""
-    settings = runpy.run_path(config)
-    shared = sorted((key, str(value)) for key, value in settings.items() if not key.startswith("_"))
-    digest = hashlib.sha256(f"{shared} {arm.settings}".encode()).hexdigest()[:8]
-    words = re.sub(r"[^a-z0-9_]+", "-", arm.name)
-    return f"{Path(config).stem}-{words}-seed{seed}-{digest}"
+def shared_settings(config: BenchConfig) -> dict[str, object]:
+    """What the config file says."""
+    return {key: value for key, value in runpy.run_path(config.config).items() if not key.startswith("_")}
 
 
-def train_run(config: str, arm: Arm, seed: int, folder: Path) -> bool:
-    """Do or finish a run of train.py; False, and a line that says why, if it fails."""
-    resume = ["--init_from=resume"] if (folder / "last.pt").is_file() else []
+def k_of(bench: Bench) -> int:
+    return bench.config.k or MoEConfig.k
+
+
+def run_settings(config: BenchConfig, arm: Arm, seed: int) -> dict[str, object]:
+    """All settings of an arm's run that are not defaults of train.py."""
+    settings = shared_settings(config) | arm.settings
+    if config.quick:
+        settings |= {key: max(1, settings[key] // QUICK) for key in QUICKENED if key in settings}
+    if arm.after:  # the batches of the first run shall not come again
+        start = run_folder(config, arm.after, seed) / "last.pt"
+        return settings | {"seed": seed + OTHER_BATCHES, "init_from": start}
+    return settings | {"seed": seed}
+
+
+def run_folder(config: BenchConfig, arm: Arm, seed: int) -> Path:
+    """Other settings have another folder: a config that has changed since has runs of its own."""
+    settings = run_settings(config, arm, seed)
+    digest = hashlib.sha256(str(sorted((key, str(value)) for key, value in settings.items())).encode())
+    words = "-".join(f"{key}-{value}" for key, value in sorted(arm.settings.items()))
+    return RUNS / f"{Path(config.config).stem}-{words}-seed{seed}-{digest.hexdigest()[:8]}"
+
+
+def train_run(config: BenchConfig, arm: Arm, seed: int, may_begin: bool) -> bool:
+    """Do or finish a run of train.py. False if it may not begin, or fails, of which a line says why."""
+    folder = run_folder(config, arm, seed)
+    if (folder / "finished").is_file() or not may_begin:
+        return (folder / "finished").is_file()
+    settings = run_settings(config, arm, seed) | {"sample_tokens": 0, "out_dir": folder}
+    if (folder / "last.pt").is_file():
+        settings["init_from"] = "resume"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HOME / "train.py"), config, *arm.settings, f"--seed={seed}", *resume]
     with open(folder / "train.txt", "a") as output:
-        command += [f"--out_dir={folder}", "--sample_tokens=0"]
-        code = subprocess.run(command, cwd=HOME, stdout=output, stderr=output).returncode
+        command = [sys.executable, str(HOME / "train.py"), *map(command_line, settings.items())]
+        code = subprocess.call(command, stdout=output, stderr=output)
     if code:
         last = (folder / "train.txt").read_text().strip().splitlines()[-1:]
         tqdm.write(f"{arm.name}, seed {seed} failed: {' '.join(last)} (more in {folder / 'train.txt'})")
-    return code == 0
+        return False
+    (folder / "finished").touch()
+    return True
+
+
+def command_line(setting: tuple[str, object]) -> str:
+    key, value = setting
+    return f"--{key}={str(value).lower() if isinstance(value, bool | None) else value}"
 
 
 def run_figures(bench: Bench, folder: Path) -> dict[str, float]:
@@ -905,12 +1003,14 @@ def run_figures(bench: Bench, folder: Path) -> dict[str, float]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     checkpoint = load_checkpoint(folder / "last.pt")
     settings = checkpoint["train_config"]
-    result = [line for line in lines if line["kind"] == "eval"][-1]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    result = evals[-1]
     causal, as_trained = result["causal"], result["as_trained"]
     per_step = [settings[key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")]
     rate = median(line["tokens_per_second"] for line in lines if line["kind"] == "train") / math.prod(
         per_step
     )
+    curve = {"step": [e["step"] for e in evals], "nats": [e["causal"]["loss"] for e in evals]}
     figures = {"nats": causal["loss"], "bits/byte": causal["bpb"], "as trained": as_trained["loss"]}
     figures["leak"] = causal["loss"] - as_trained["loss"]
     if "experts" in causal:
@@ -918,7 +1018,7 @@ def run_figures(bench: Bench, folder: Path) -> dict[str, float]:
         figures |= {"load variance": causal["variance"], "dead": causal["dead"]}
     if settings["dataset"] == "arithmetic":
         figures["exact match"] = exact_match(bench, checkpoint)
-    return figures | {"steps/s": rate, "minutes": settings["max_iters"] / rate / 60}
+    return figures | {"curve": curve, "steps/s": rate, "minutes": settings["max_iters"] / rate / 60}
 
 
 def exact_match(bench: Bench, checkpoint: dict) -> float:
@@ -934,6 +1034,9 @@ def quality_row(name: str, runs: dict[int, dict], base: dict[int, dict]) -> dict
     row = {"what": name, "runs": len(runs)}
     both = [seed for seed in runs if seed in base]
     for key in next(iter(runs.values())):
+        if key == "curve":
+            row["curves"] = [run[key] for run in runs.values()]
+            continue
         row[key] = mean_and_error([run[key] for run in runs.values()])
         if key in ("nats", "exact match") and both and runs is not base:
             row[f"{key}, to base"] = mean_and_error([runs[seed][key] - base[seed][key] for seed in both])
@@ -943,6 +1046,391 @@ def quality_row(name: str, runs: dict[int, dict], base: dict[int, dict]) -> dict
 def mean_and_error(values: list[float]) -> list[float]:
     """Mean, and its standard error (None for one value)."""
     return [mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None]
+
+
+# -------------------- claims: what was trained, looked at ---------------------------------------------------
+
+
+class Opened(NamedTuple):
+    """A finished run."""
+
+    model: MoEGPT
+    dataset: data.Dataset
+    batches: list[tuple[Tensor, Tensor]]  # of its validation windows
+
+    @property
+    def decode(self) -> str:
+        return ROUTERS[self.model.config.router].decode
+
+
+def open_run(bench: Bench, folder: Path, **changes) -> Opened:
+    """The last checkpoint of a run, some fields of its config changed."""
+    checkpoint = load_checkpoint(folder / "last.pt")
+    settings = checkpoint["train_config"] | changes
+    dataset = data.load(settings["dataset"])
+    size = settings["block_size"], settings["batch_size"], settings["eval_windows"]
+    model = MoEGPT.from_checkpoint(checkpoint, **changes).to(bench.device).cast(bench.dtype).eval()
+    return Opened(model, dataset, dataset.val_batches(*size))
+
+
+def loss_figures(bench: Bench, run: Opened, router: str) -> dict[str, float]:
+    nats, bits, experts = text_loss(bench, run.model, run.dataset.tokenizer, run.batches, router)
+    return {"nats": nats, "bits/byte": bits, "experts per token": experts}
+
+
+@torch.no_grad()
+def by_token(bench: Bench, run: Opened, router: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the validation windows' n tokens: loss and entropy in nats (windows, T), experts (windows, T, L)."""
+    found = []
+    for x, y in run.batches:
+        logits, _, stats = run.model(x.to(bench.device), router=router)
+        log_share = logits.log_softmax(-1)
+        loss = -log_share.gather(-1, y.to(bench.device).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        entropy = -(log_share.exp() * log_share).sum(-1)
+        found.append((loss.cpu(), entropy.cpu(), stats.experts.movedim(0, -1).cpu()))
+    return tuple(map(torch.cat, zip(*found)))
+
+
+def bench_sparsity(bench: Bench) -> list[dict]:
+    """Claim 1: does SeqTopK gain more over TopK the sparser the model is? K = 8, 4, 2 of the same E."""
+    return compare(bench, [arm for k in (8, 4, 2) for arm in router_arms(["topk", "seqtopk"], k)])
+
+
+def bench_finetune(bench: Bench) -> list[dict]:
+    """Claim 2: a TopK checkpoint trained on with SeqTopK for 100 iterations, against 100 more of TopK.
+
+    The first rows are the checkpoint itself, decoded under other rules without any training.
+    """
+    topk = router_arms(["topk"], k_of(bench))[0]
+    base = f"{topk.name}, 100 more of topk"
+    arms = [
+        replace(arm, name=f"{topk.name}, 100 more of {router}", base=base, after=topk)
+        for router in ("topk", "seqtopk", "online_seqtopk")
+        for arm in router_arms([router], k_of(bench), **TUNING)
+    ]
+
+    def untuned(arm: Arm, folder: Path) -> Iterator[Judged]:
+        run = open_run(bench, folder)
+        for router in ("topk", "online_seqtopk"):
+            yield f"{topk.name}, then {router}", f"{topk.name}, then topk", loss_figures(bench, run, router)
+
+    return judged(bench, [topk], untuned) + compare(bench, arms)
+
+
+def bench_online(bench: Bench) -> list[dict]:
+    """Claim 3: trained globally or online, decoded online; and global first, online for the last tenth.
+
+    Each is compared to TopK; "nats" is the loss under online SeqTopK.
+    """
+    k, last = k_of(bench), shared_settings(bench.config)["max_iters"] * 9 // 10
+    arms = router_arms(["topk", "seqtopk", "online_seqtopk"], k)
+    switched = {"router": "online_seqtopk", "k": k, "first_router": "seqtopk", "first_iters": last}
+    return compare(bench, [*arms, Arm(f"seqtopk, the last tenth online, k={k}", switched, arms[1].name)])
+
+
+def bench_bounds(bench: Bench) -> list[dict]:
+    """Claim 4: how much do max_experts, min_experts and the strict budget matter?
+
+    Trained and decoded within these bounds; the last row is the first one's runs, decoded without the
+    strict budget. Compared to the defaults, min_experts=1 and max_experts=K+2.
+    """
+    k = k_of(bench)
+    base = router_arms(["seqtopk"], k)[0]
+    bounds = [{"max_experts": k + extra} for extra in (1, 3, 4)]
+    bounds += [{"max_experts": shared_settings(bench.config)["n_expert"]}, {"min_experts": 0}]
+    arms = [base] + [vary(base, **bound) for bound in bounds]
+    online = replace(router_arms(["online_seqtopk"], k)[0], base=base.name)
+    loose = replace(vary(online, strict=False), base=online.name)
+
+    def decoded_loosely(arm: Arm, folder: Path) -> Iterator[Judged]:
+        for strict in (True, False):
+            run = open_run(bench, folder, strict=strict)
+            name = f"{base.name}, decoded with strict={strict}".lower()
+            yield name, f"{base.name}, decoded with strict=true", loss_figures(bench, run, run.decode)
+
+    return compare(bench, [*arms, online, loose]) + judged(bench, [base], decoded_loosely)
+
+
+def vary(arm: Arm, **settings) -> Arm:
+    """The arm with other settings, compared to the arm."""
+    said = ", ".join(f"{key}={value}".lower() for key, value in settings.items())
+    return replace(arm, name=f"{arm.name}, {said}", settings=arm.settings | settings, base=arm.name)
+
+
+def bench_batches(bench: Bench) -> list[dict]:
+    """Claim 5: what does the number of sequences in a batch do to BatchTopK and SeqTopK at evaluation?
+
+    "nats" is the loss under the rule that trained, with a budget that BatchTopK shares among the batch.
+    """
+    windows = [1, 4, 16, 64]
+
+    def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
+        run = open_run(bench, folder)
+        x, y = (torch.cat(parts) for parts in zip(*run.batches))
+        for size in windows:
+            same = run._replace(batches=list(zip(x.split(size), y.split(size))))
+            name = "{}, {} sequences".format
+            yield name(arm.name, size), name(arm.name, 1), loss_figures(bench, same, arm.settings["router"])
+        yield f"{arm.name}, online", f"{arm.name}, 1 sequences", loss_figures(bench, run, run.decode)
+
+    return judged(bench, router_arms(["seqtopk", "batchtopk"], k_of(bench)), judge)
+
+
+def bench_difficulty(bench: Bench) -> list[dict]:
+    """Claim 6: do hard tokens get more experts?
+
+    Spearman's rank correlation, over the tokens of the validation text, of a token's experts (mean over
+    layers) with the entropy and with the loss of the prediction made there; then the experts and the loss of
+    some kinds of tokens: in arithmetic, of what is read and of what is predicted; in other text, of the
+    tokens, read at least 50 times, that get the most and the fewest.
+    """
+    arms = router_arms(["seqtopk", "online_seqtopk"], k_of(bench))
+
+    def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
+        run = open_run(bench, folder)
+        loss, entropy, experts = by_token(bench, run, run.decode)
+        mean_experts = experts.float().mean(-1)
+        figures = {"rho entropy": spearman(mean_experts, entropy), "rho loss": spearman(mean_experts, loss)}
+        figures |= {"experts per token": mean_experts.mean().item(), "nats": loss.mean().item()}
+        figures["curve"] = experts_by_entropy(mean_experts, entropy)
+        yield f"{arm.name}, all tokens", "", figures
+        kinds = (problem_parts if run.dataset.folder.name == "arithmetic" else frequent_tokens)(run)
+        for kind, chosen in kinds.items():
+            figures = {"tokens": chosen.sum().item(), "experts per token": mean_experts[chosen].mean().item()}
+            yield f"{arm.name}, {kind}", "", figures | {"nats": loss[chosen].mean().item()}
+
+    rows = judged(bench, arms, judge)
+    rest = [row for row in rows if "rho loss" not in row]
+    if len(rest) > 4 * EXTREMES:  # words: those that get the most and the fewest
+        rest.sort(key=lambda row: row["experts per token"][0], reverse=True)
+        rest = rest[:EXTREMES] + rest[-EXTREMES:]
+    return [row for row in rows if "rho loss" in row] + rest
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation of two tensors of one shape, equal values with the mean of their ranks."""
+    ranks = []
+    for values in (a, b):
+        _, place, count = values.flatten().unique(return_inverse=True, return_counts=True)
+        ranks.append((count.cumsum(0) - (count - 1) / 2)[place])
+    return torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
+
+
+def experts_by_entropy(experts: Tensor, entropy: Tensor) -> dict[str, list[float]]:
+    """Their means in twenty equal shares of the tokens, by entropy. experts, entropy (windows, T)."""
+    order = entropy.flatten().argsort()
+    shares = {"entropy": entropy, "experts": experts}
+    return {name: [part.mean().item() for part in x.flatten()[order].chunk(20)] for name, x in shares.items()}
+
+
+def by_position(values: Tensor) -> dict[str, list[float]]:
+    """Means of values (T,) over positions up to 4, 8, 16 ...: half as many again each time."""
+    cuts = [0, *(2**i for i in range(2, 20) if 2**i <= len(values))]
+    parts = [values[start:end].mean().item() for start, end in pairwise(cuts)]
+    return {"position": cuts[1:], "gap": parts}
+
+
+def problem_parts(run: Opened) -> dict[str, Tensor]:
+    """Which tokens (windows, T) of arithmetic are of some kind themselves, and which precede one that is."""
+    windows = torch.cat([x for x, _ in run.batches]).tolist()
+    decode = run.dataset.tokenizer.decode
+    kinds = np.array([kinds_of_text([decode([token]) for token in window]) for window in windows])
+    masks = {}
+    for kind in KINDS:
+        read = torch.from_numpy(kinds == kind)  # (windows, T)
+        masks[f"{kind}, read"] = read
+        masks[f"{kind}, predicted"] = F.pad(read[:, 1:], (0, 1))
+    return masks
+
+
+def kinds_of_text(pieces: list[str]) -> list[str]:
+    """The kind of each of a text's tokens: one of KINDS, or "" in a first line whose beginning is cut off."""
+    text, place, kinds = "".join(pieces), 0, []
+    for piece in pieces:
+        at = place + len(piece) - len(piece.lstrip(" "))
+        start = text.rfind("\n", 0, at) + 1
+        known = start or text.startswith(("Question:", "Answer:"))
+        kinds.append(kind_of_character(text[start : at + 1]) if known else "")
+        place += len(piece)
+    return kinds
+
+
+KINDS = ("words of the question", "numbers of the question", "words of the answer")
+KINDS += ("copied numbers", "results", "final result")
+
+
+def kind_of_character(line: str) -> str:
+    """The kind of the last character of a line that ends with it."""
+    digit = line[-1:].isdigit()
+    if line.startswith("Question"):
+        return KINDS[1 if digit else 0]
+    if not digit:
+        return KINDS[2]
+    return KINDS[5] if line.startswith("#") else KINDS[4] if "=" in line else KINDS[3]
+
+
+def frequent_tokens(run: Opened) -> dict[str, Tensor]:
+    """Which tokens (windows, T) are each of those that occur at least 50 times."""
+    x = torch.cat([x for x, _ in run.batches])
+    tokens, count = x.unique(return_counts=True)
+    decode = run.dataset.tokenizer.decode
+    return {f"{decode([i])!r}, read": x == i for i in tokens[count >= 50].tolist()}
+
+
+def bench_length(bench: Bench) -> list[dict]:
+    """Claim 7: how does the gap between global and online routing change with length and position?
+
+    Trained with SeqTopK on sequences of 256, 1024 and 2048 tokens, as many tokens in all. "gap": the loss
+    under online SeqTopK less that under SeqTopK, of the same weights and tokens.
+    """
+    k, shared = k_of(bench), shared_settings(bench.config)
+    tokens = shared["batch_size"] * shared.get("block_size", MoEConfig.block_size)
+    lengths = {T: {"block_size": T, "batch_size": max(1, tokens // T)} for T in LENGTHS}
+    arms = [vary(router_arms(["seqtopk"], k, **size)[0], T=T) for T, size in lengths.items()]
+
+    def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
+        run = open_run(bench, folder)
+        online, globally = (by_token(bench, run, router)[0] for router in ("online_seqtopk", "seqtopk"))
+        gap = online - globally  # (windows, T)
+        T = gap.shape[1]
+        figures = {"nats": online.mean().item(), "gap": gap.mean().item()}
+        figures["curve"] = by_position(gap.mean(0))
+        yield f"T={T}", "", figures
+        for start, end in pairwise(place for place in (0, *PLACES) if place <= T):
+            figures = {"nats": online[:, start:end].mean().item(), "gap": gap[:, start:end].mean().item()}
+            yield f"T={T}, tokens {start + 1} to {end}", "", figures
+
+    return judged(bench, arms, judge)
+
+
+def bench_long(bench: Bench) -> list[dict]:
+    """Claim 8: in texts of four times the training context, what becomes of experts per token and budget?
+
+    The caches hold all of the text, so that no window begins anew. "experts per token" of each quarter;
+    "spent", the share of the budget of all tokens so far, at its end. Positions beyond the first quarter are
+    new to the model: its text gets worse there, and the text of the validation data stays what it is.
+    """
+    arms = router_arms(["seqtopk", "online_seqtopk"], k_of(bench))
+
+    def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
+        for strict, kind in itertools.product((True, False), ("written", "read")):
+            run = open_run(bench, folder, strict=strict)
+            experts = (generated_experts if kind == "written" else read_experts)(bench, run)
+            quarters = experts.cpu().unflatten(1, (4, -1)).mean((0, 2, 3))  # (4,)
+            spent = quarters.cumsum(0) / torch.arange(1, 5) / run.model.config.k
+            for i in range(4):
+                name = f"{arm.name}, {'' if strict else 'not '}strict, {kind}, quarter {i + 1}"
+                yield name, "", {"experts per token": quarters[i].item(), "spent": spent[i].item()}
+
+    return judged(bench, arms, judge)
+
+
+def generated_experts(bench: Bench, run: Opened) -> Tensor:
+    """Experts (16, T, L) of each token of 16 texts that the model writes, T = 4 * block_size."""
+    model, T = run.model, 4 * run.model.config.block_size
+    idx = torch.full((16, 1), run.dataset.tokenizer.eot, device=bench.device)
+    generator = torch.Generator(bench.device).manual_seed(bench.config.seed)
+    chunks = model.generate(idx, T - 1, model.new_cache(16, T), generator=generator)
+    return torch.cat([chunk.experts for chunk in chunks], dim=1).float()
+
+
+@torch.no_grad()
+def read_experts(bench: Bench, run: Opened) -> Tensor:
+    """Experts (16, T, L) of each token of 16 windows of the validation text, T = 4 * block_size."""
+    T = 4 * run.model.config.block_size
+    x = torch.cat([x for x, _ in run.dataset.val_batches(T, 16, 16)]).to(bench.device)
+    return run.model(x, cache=run.model.new_cache(len(x), T))[2].experts.movedim(0, -1).float()
+
+
+def bench_shared(bench: Bench) -> list[dict]:
+    """Claim 9: is SeqTopK's gain smaller beside a shared expert, which every token gets on top of its K?"""
+    k, hidden = k_of(bench), shared_settings(bench.config)["n_hidden"]
+    plain = router_arms(["topk", "seqtopk"], k)
+    beside = [vary(arm, shared_hidden=hidden) for arm in plain]
+    beside = [replace(arm, base=beside[0].name) for arm in beside]
+    return compare(bench, plain + beside)
+
+
+def bench_gap(bench: Bench) -> list[dict]:
+    """Claim 10: can the gap between global training and online decoding be closed?
+
+    "gap" is the loss less that under SeqTopK of the same weights. With a prior of n0 tokens a text begins
+    as if after n0 usual ones: quantiles of the scores that the trained model gives to training text. n0=0 is
+    online SeqTopK, and the largest n0 all but a fixed threshold. The last rows had 100 iterations more.
+    """
+    seqtopk = router_arms(["seqtopk"], k_of(bench))[0]
+    base = f"{seqtopk.name}, 100 more of seqtopk"
+    tuned = [
+        replace(arm, name=f"{seqtopk.name}, 100 more of {router}", base=base, after=seqtopk)
+        for router in ("seqtopk", "online_seqtopk")
+        for arm in router_arms([router], k_of(bench), **TUNING)
+    ]
+
+    def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
+        run = open_run(bench, folder)
+        globally = loss_figures(bench, run, "seqtopk")["nats"]
+        scores = usual_scores(bench, run)
+        for n in PRIORS:
+            for layer, found in zip(run.model.expert_layers(), scores, strict=True):
+                layer.prior = pseudo_candidates(found, layer.config.k, n)
+            figures = loss_figures(bench, run, "online_seqtopk")
+            figures["gap"] = figures["nats"] - globally
+            yield f"{arm.name}, n0={n}", f"{arm.name}, n0=0", figures
+
+    return judged(bench, [seqtopk], judge) + compare(bench, tuned)
+
+
+@torch.no_grad()
+def usual_scores(bench: Bench, run: Opened) -> list[Tensor]:
+    """Of each layer with experts, the scores that select, (B, T, E), of windows of the training text."""
+    T = run.batches[0][0].shape[1]
+    x, _ = run.dataset.train_batch(0, USUAL_TOKENS // T, T, bench.config.seed)
+    _, _, stats = run.model(x.to(bench.device))
+    layers = zip(stats.routing, run.model.expert_layers(), strict=True)
+    return [routing.scores + layer.bias for routing, layer in layers]
+
+
+def bench_discount(bench: Bench) -> list[dict]:
+    """Claim 11: a rule without a bound set by hand, against fixed bounds.
+
+    seqtopk_discount divides a token's scores by their rank, so that many experts are dear, and has no bound.
+    """
+    k = k_of(bench)
+    base = router_arms(["seqtopk"], k)[0]
+    bounds = [k + 1, k + 3, k + 4, shared_settings(bench.config)["n_expert"]]
+    rule = replace(router_arms(["seqtopk_discount"], k)[0], base=base.name)
+    return compare(bench, [base, *(vary(base, max_experts=bound) for bound in bounds), rule])
+
+
+def bench_prune(bench: Bench) -> list[dict]:
+    """Claim 12: the least used quarter of each layer's experts is dropped after training.
+
+    Used: in the training text, under the rule that decodes. "nats" is compared to the whole model's.
+    """
+
+    def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
+        run = open_run(bench, folder)
+        yield arm.name, arm.name, loss_figures(bench, run, run.decode)
+        pruned = run._replace(model=without_least_used(bench, run))
+        yield f"{arm.name}, a quarter dropped", arm.name, loss_figures(bench, pruned, run.decode)
+
+    return judged(bench, [arm for k in (8, 2) for arm in router_arms(["topk", "seqtopk"], k)], judge)
+
+
+@torch.no_grad()
+def without_least_used(bench: Bench, run: Opened) -> MoEGPT:
+    """The model with the three quarters of each layer's experts that most tokens go to."""
+    T, model = run.batches[0][0].shape[1], run.model
+    x, _ = run.dataset.train_batch(0, USUAL_TOKENS // T, T, bench.config.seed)
+    load = model(x.to(bench.device), router=run.decode)[2].load  # (L, E)
+    smaller = MoEGPT(replace(model.config, n_expert=model.config.n_expert * 3 // 4)).to(bench.device)
+    kept = load.argsort(dim=-1, descending=True, stable=True)[:, : smaller.config.n_expert].sort(-1).values
+    whole = model.state_dict()
+    layers = (name for name, module in model.named_modules() if isinstance(module, MoE))
+    for (layer, experts), part in itertools.product(zip(layers, kept, strict=True), PER_EXPERT):
+        whole[f"{layer}.{part}"] = whole[f"{layer}.{part}"][experts]
+    smaller.load_state_dict(whole)
+    return smaller.eval()
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
@@ -964,8 +1452,20 @@ PARTS = {
     "gsm8k": bench_gsm8k,
     "switch": bench_switch,
     "quality": bench_quality,
+    "sparsity": bench_sparsity,
+    "finetune": bench_finetune,
+    "online": bench_online,
+    "bounds": bench_bounds,
+    "batches": bench_batches,
+    "difficulty": bench_difficulty,
+    "length": bench_length,
+    "long": bench_long,
+    "shared": bench_shared,
+    "gap": bench_gap,
+    "discount": bench_discount,
+    "prune": bench_prune,
 }
-ON_REQUEST = ("arithmetic", "gsm8k", "switch", "quality")  # they need a model, or hours
+BY_DEFAULT = ("router", "layer", "train", "decode", "cache", "peers")  # others need a model, or an hour
 
 
 # -------------------- showing and keeping -----------------------------------------------------------------
@@ -988,8 +1488,8 @@ def cell(value: object) -> str:
 
 def show(rows: list[dict]) -> None:
     """Print a table of the keys that have a value in some row."""
-    keys = list(dict.fromkeys(key for row in rows for key in row if row[key] is not None))
-    lines = [keys] + [[cell(row.get(key)) for key in keys] for row in rows]
+    keys = dict.fromkeys(key for row in rows for key in row if row[key] is not None and key != "curves")
+    lines = [list(keys)] + [[cell(row.get(key)) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for first, *others in lines:
         print("  ".join([first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:]))]))
@@ -1086,7 +1586,7 @@ def read_command(argv: list[str]) -> tuple[list[str], BenchConfig]:
     for path in filter(None, (config.json, config.plot)):  # now, and not when the minutes are spent
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         open(path, "a").close()
-    return named or [name for name in PARTS if name not in ON_REQUEST], config
+    return named or list(BY_DEFAULT), config
 
 
 def run_part(name: str, bench: Bench) -> list[dict]:

@@ -17,8 +17,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -394,6 +395,7 @@ class MoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(config.n_expert, config.n_hidden, config.n_embd))
         self.shared = MLP(config.n_embd, config.shared_hidden) if config.shared_hidden else None
         self.shared_gate = nn.Linear(config.n_embd, 1, bias=False) if config.shared_gate else None
+        self.prior: Tensor | None = None  # for online_seqtopk: router.pseudo_candidates
         # for selection: router.loss_free_update, cutoff_update
         self.register_buffer("bias", torch.zeros(config.n_expert + config.n_null))
 
@@ -428,7 +430,10 @@ class MoE(nn.Module):
     def select(self, scores: Tensor, context: Context, cache: ExpertCache | None) -> Tensor:
         if cache is not None:
             return cache.select(scores, context.active)
-        mask = context.router.select(scores, self.config.k, **routing_options(self.config, context.router))
+        options = routing_options(self.config, context.router)
+        if self.prior is not None and context.router is ROUTERS["online_seqtopk"]:
+            options["prior"] = self.prior
+        mask = context.router.select(scores, self.config.k, **options)
         return mask if context.active is None else mask & context.active.unsqueeze(-1)
 
     def max_pairs(self, tokens: int, context: Context) -> int | None:
@@ -474,8 +479,14 @@ class Chunk(NamedTuple):
     """Tokens that `generate` fed to the model, and what the model gave them."""
 
     tokens: Tensor  # (B, t) int64
-    experts: Tensor  # (B, t, L) experts that each token got in each layer that has experts
+    mask: Tensor  # (B, t, L, E) bool, which experts each token got in each layer that has experts
     active: Tensor  # (B, t) bool, False for padding and in rows that have stopped
+    last_hidden: Tensor  # (B, t, C) after the last norm: the head makes the logits of the next tokens of it
+
+    @property
+    def experts(self) -> Tensor:
+        """(B, t, L) how many experts each token got."""
+        return self.mask.sum(-1)
 
 
 class MoEGPT(nn.Module):
@@ -615,15 +626,28 @@ class MoEGPT(nn.Module):
         needed = max(2, idx.shape[1] + max_new_tokens)
         cache = cache or self.new_cache(len(idx), min(needed, self.config.block_size))
         text, real = idx, torch.ones_like(idx, dtype=torch.bool) if active is None else active
-        half = cache.max_tokens // 2
         if idx.shape[1] > cache.max_tokens:
+            half = cache.max_tokens // 2
             text, real = text[:, -half:], real[:, -half:]
-        padded = active is not None
-        logits, experts = self._feed(text, cache, real if padded else None)
-        yield Chunk(text, experts, real)
-        alive = torch.ones_like(real[:, :1])
+        draw = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        yield from self._write(text, real, cache, active is not None, draw, max_new_tokens, stop)
+
+    def _write(
+        self,
+        text: Tensor,
+        real: Tensor,
+        cache: Cache,
+        padded: bool,
+        draw: Callable[[Tensor], Tensor],
+        max_new_tokens: int,
+        stop: int | None,
+    ) -> Iterator[Chunk]:
+        """`generate` from a prompt text (B, P) that fits. Not all of real (B, P) is True if `padded`."""
+        logits, chunk = self._feed(text, real, cache, padded)
+        yield chunk
+        half, alive = cache.max_tokens // 2, torch.ones_like(real[:, :1])
         for _ in range(max_new_tokens):
-            token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            token = draw(logits)  # (B, 1)
             if stop is not None:
                 alive = alive & (token != stop)
                 n_alive = int(alive.sum())
@@ -632,17 +656,20 @@ class MoEGPT(nn.Module):
                 padded = padded or n_alive < len(alive)
             if cache.pos == cache.max_tokens:
                 cache.reset()
-                self._feed(text[:, -half:], cache, real[:, -half:] if padded else None)
-            logits, experts = self._feed(token, cache, alive if padded else None)
+                self._feed(text[:, -half:], real[:, -half:], cache, padded)
+            logits, chunk = self._feed(token, alive, cache, padded)
             text, real = torch.cat([text, token], dim=1), torch.cat([real, alive], dim=1)
-            yield Chunk(token, experts, alive)
+            yield chunk
 
-    def _feed(self, idx: Tensor, cache: Cache, active: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits (B, V) after the last token, and experts (B, t, L) of each."""
-        x, routings = self._trunk(idx, cache, None, active)
+    def _feed(self, idx: Tensor, active: Tensor, cache: Cache, padded: bool) -> tuple[Tensor, Chunk]:
+        """Logits (B, V) after the last token of idx (B, t), and what the model gave each of them.
+
+        active (B, t) counts only where some token may not be active, which `padded` says.
+        """
+        x, routings = self._trunk(idx, cache, None, active if padded else None)
         masks = [routing.mask[..., : self.config.n_expert] for routing in routings]
-        experts = torch.stack(masks, dim=2).sum(-1) if masks else idx.new_zeros(*idx.shape, 0)
-        return self.head(x[:, -1]).float(), experts
+        mask = torch.stack(masks, dim=2) if masks else active.new_zeros(*idx.shape, 0, self.config.n_expert)
+        return self.head(x[:, -1]).float(), Chunk(idx, mask, active, x)
 
     def expert_layers(self) -> list[MoE]:
         """The L layers that have experts, in the order of Stats."""

@@ -184,7 +184,12 @@ def remoe(scores: Tensor, k: int) -> Tensor:
 
 
 def online_seqtopk(
-    scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None, strict: bool = True
+    scores: Tensor,
+    k: int,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+    strict: bool = True,
+    prior: Tensor | None = None,
 ) -> Tensor:
     """The causal form of SeqTopK: token m competes with the tokens 1 .. m of its sequence only.
 
@@ -194,17 +199,36 @@ def online_seqtopk(
     That rule alone overspends when scores grow along the sequence. `strict` caps the pairs spent by the
     tokens 1 .. m at m*k, for every m: a token for which too little is left keeps the best of its candidates.
 
-    scores (B, T, E) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
+    `prior` stands for n0 tokens before the first one, which compete but spend nothing of the strict budget:
+    what scores are usual, until the sequence itself tells (see pseudo_candidates).
+
+    scores (B, T, E); prior (n0*c,) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
     """
     B, T, E = scores.shape
     u = check_bounds(E, k, min_experts, max_experts)
     values, experts = _rank_experts(scores, u)
     candidates = values[..., min_experts:]  # (B, T, c)
+    past = candidates.new_empty(B, 0) if prior is None else prior.expand(B, -1)
     budget = torch.arange(1, T + 1, device=scores.device).expand(B, T) * (k - min_experts)
-    count = _count_above_threshold(candidates, candidates.new_empty(B, 0), budget)
+    prior_budget = past.shape[1] // max(1, u - min_experts) * (k - min_experts)
+    count = _count_above_threshold(candidates, past, budget + prior_budget)
     if strict:
         count = _cap_spending(count, budget, torch.zeros_like(budget[:, :1]))
     return _take_best(scores, experts, min_experts + count)
+
+
+def pseudo_candidates(
+    scores: Tensor, k: int, n: int, min_experts: int = 1, max_experts: int | None = None
+) -> Tensor:
+    """Evenly spaced quantiles of the candidates of many tokens: a `prior` for online_seqtopk of n tokens.
+
+    scores (B, T, E) -> (n*c,). Raises ValueError for impossible bounds (check_bounds).
+    """
+    u = check_bounds(scores.shape[-1], k, min_experts, max_experts)
+    ranked = _rank_experts(scores, u)[0][..., min_experts:].flatten().sort().values
+    size = n * (u - min_experts)
+    middle = (torch.arange(size, device=scores.device) + 0.5) / max(1, size)
+    return ranked[(middle * len(ranked)).long()]
 
 
 def _count_above_threshold(candidates: Tensor, past: Tensor, budget: Tensor) -> Tensor:
@@ -287,6 +311,7 @@ class ExpertCache:
         min_experts: int = 1,
         max_experts: int | None = None,
         strict: bool = True,
+        prior: Tensor | None = None,
         device: torch.device | str | None = None,
     ):
         """Raises ValueError for impossible bounds (check_bounds) and for batch_size or max_tokens below 1."""
@@ -297,20 +322,24 @@ class ExpertCache:
         self.max_experts = check_bounds(n_expert, k, min_experts, max_experts)
         self.per_token = k - min_experts  # what each token adds to the budget for candidates
         c = self.max_experts - min_experts
-        self.sorted = torch.empty(batch_size, max_tokens * c, device=device)  # ascending, -inf where empty
+        self.prior = torch.empty(0, device=device) if prior is None else prior.sort().values
+        self.n_prior = len(self.prior) // max(1, c)  # tokens
+        room = (self.n_prior + max_tokens) * c
+        self.sorted = torch.empty(batch_size, room, device=device)  # ascending, -inf where empty
         self.recent = torch.empty(batch_size, min(self.RECENT, max_tokens) * c, device=device)  # as they came
         self.budget = torch.empty(batch_size, 1, dtype=torch.int64, device=device)
         self.spent = torch.empty_like(self.budget)
-        self.last_place = max_tokens * c + torch.arange(c, device=device)  # see _count_one
+        self.last_place = room + torch.arange(c, device=device)  # see _count_one
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything but the prior."""
         self.sorted.fill_(-torch.inf)
+        self.sorted[:, self.sorted.shape[1] - len(self.prior) :] = self.prior
         self.recent.fill_(-torch.inf)
         self.budget.zero_()
         self.spent.zero_()
-        self.n_sorted = self.n_recent = 0  # tokens in each buffer
+        self.n_sorted, self.n_recent = self.n_prior, 0  # tokens in each buffer
 
     @property
     def nbytes(self) -> int:
@@ -325,8 +354,8 @@ class ExpertCache:
         all.
         """
         t = scores.shape[1]
-        if self.n_sorted + self.n_recent + t > self.max_tokens:
-            seen = self.n_sorted + self.n_recent
+        seen = self.n_sorted + self.n_recent - self.n_prior
+        if seen + t > self.max_tokens:
             raise ValueError(
                 f"Expert Cache is full: {seen} tokens seen and {t} new, but max_tokens is {self.max_tokens}"
             )
@@ -339,7 +368,8 @@ class ExpertCache:
             budget = self.budget + self.per_token
         else:
             budget = self.budget + self.per_token * torch.arange(1, t + 1, device=scores.device)
-        count = self._count_one(candidates, budget) if t == 1 else self._count_many(candidates, budget)
+        count_above = self._count_one if t == 1 else self._count_many
+        count = count_above(candidates, budget + self.n_prior * self.per_token)
         if self.strict:
             count = _cap_spending(count, budget, self.spent)
         self.budget.copy_(budget[:, -1:])
@@ -380,6 +410,44 @@ class ExpertCache:
         self.sorted = merged[:, new.shape[1] :].clone()  # the n lowest are empty: every token has its room
         self.recent.fill_(-torch.inf)
         self.n_sorted, self.n_recent = self.n_sorted + self.n_recent + t, 0
+
+
+def discount_by_rank(scores: Tensor) -> Tensor:
+    """A token's best score stays, its second best is halved, its third best divided by three, and so on.
+
+    Scores below 0 are multiplied instead, so that a token's order stays. scores (..., E) -> the same shape.
+    """
+    values, experts = scores.float().sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    discounted = torch.where(values > 0, values / ranks, values * ranks)
+    return torch.empty_like(values).scatter_(-1, experts, discounted)
+
+
+def seqtopk_discount(scores: Tensor, k: int) -> Tensor:
+    """seqtopk without max_experts: the more experts a token has, the better the next one must be.
+
+    scores (B, T, E) -> mask (B, T, E). Raises ValueError unless 1 <= k <= E.
+    """
+    return seqtopk(discount_by_rank(scores), k, max_experts=scores.shape[-1])
+
+
+def online_seqtopk_discount(scores: Tensor, k: int, strict: bool = True) -> Tensor:
+    """The causal form of seqtopk_discount.
+
+    scores (B, T, E) -> mask (B, T, E). Raises ValueError unless 1 <= k <= E.
+    """
+    return online_seqtopk(discount_by_rank(scores), k, max_experts=scores.shape[-1], strict=strict)
+
+
+class DiscountCache(ExpertCache):
+    """What online_seqtopk_discount remembers: all scores but each token's best one."""
+
+    def __init__(self, batch_size: int, max_tokens: int, k: int, n_expert: int, **options):
+        """As ExpertCache, for options strict and device."""
+        super().__init__(batch_size, max_tokens, k, n_expert, max_experts=n_expert, **options)
+
+    def select(self, scores: Tensor, active: Tensor | None = None) -> Tensor:
+        return super().select(discount_by_rank(scores), active)
 
 
 def load_balance_loss(scores: Tensor, mask: Tensor) -> Tensor:
@@ -494,6 +562,15 @@ ROUTERS = {
         decode="online_seqtopk",
         options=(*BOUNDS, "strict"),
         cache=ExpertCache,
+    ),
+    "seqtopk_discount": Router(seqtopk_discount, causal=False, exact=True, decode="online_seqtopk_discount"),
+    "online_seqtopk_discount": Router(
+        online_seqtopk_discount,
+        causal=True,
+        exact=False,
+        decode="online_seqtopk_discount",
+        options=("strict",),
+        cache=DiscountCache,
     ),
     "expert_choice": Router(expert_choice, causal=False, exact=True, decode="topk"),
     "top_p": Router(

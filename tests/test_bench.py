@@ -363,18 +363,18 @@ def test_quality_compares_pairs_of_runs_and_runs_none_twice(quality, monkeypatch
     assert base["experts per token"] == [2, 0] and other["experts per token"][0] <= 2
     assert other["nats, to base"][0] == pytest.approx(other["nats"][0] - base["nats"][0], abs=2e-4)
     assert other["leak"][0] == pytest.approx(other["nats"][0] - other["as trained"][0], abs=2e-4)
-    monkeypatch.setattr(bench, "train_run", lambda *args: pytest.fail("a run began"))
+    monkeypatch.setattr(bench.subprocess, "call", lambda *args, **options: pytest.fail("a run began"))
     assert quality(*argv)[0] == rows
 
 
 def test_quality_stops_at_its_budget_and_reports_runs_that_fail(quality, tmp_path):
     """Without time nothing begins and every missing run is named; a run that fails is a line, not the end."""
     rows, out = quality("--routers=topk", "--seeds=2", "--budget=0.0")
-    assert rows == [] and "missing: topk, seed 1338" in out
+    assert rows == [] and "missing: topk, k=2, seed 1338" in out
     with open(tmp_path / "config.py", "a") as file:
         file.write("learning_rate = 1e9\ngrad_clip = 0.0\nwarmup_iters = 0\n")
     rows, out = quality("--routers=topk", "--seeds=1")
-    assert rows == [] and "topk, seed 1337 failed" in out
+    assert rows == [] and "topk, k=2, seed 1337 failed" in out
 
 
 def test_means_have_the_error_of_the_mean():

@@ -398,11 +398,11 @@ def test_generation_ends_after_the_final_answers():
     texts = ["a #### 12\nQuestion: b", "#### 1"]
 
     def generate(idx, room, cache, temperature, stop, active):
-        yield Chunk(idx, torch.ones(*idx.shape, 1), active)
+        yield Chunk(idx, torch.ones(*idx.shape, 1, 1), active, None)
         for place in range(room):
             ids = [[tokenizer.encode(text.ljust(200))[place]] for text in texts]
             alive = torch.tensor([[True], [place < len(texts[1])]])
-            yield Chunk(torch.tensor(ids), torch.full((2, 1, 1), 3), alive)
+            yield Chunk(torch.tensor(ids), torch.ones(2, 1, 1, 3), alive, None)
 
     head = SimpleNamespace(weight=torch.zeros(1))
     model = SimpleNamespace(head=head, new_cache=lambda *size: None, generate=generate)

@@ -714,15 +714,18 @@ def greedy_by_hand(model: MoEGPT, idx: Tensor, real: Tensor, n: int, window: int
 @each_router
 def test_greedy_text_and_its_experts_are_those_of_whole_forwards(name):
     """Inside the window, temperature 0 writes the argmax of whole forwards under the decode router, and the
-    chunks tell the experts of every token, the last one included."""
+    chunks tell the experts of every token, the last one included, and what the logits are made of."""
     model, idx = make_under(name), tokens(2, 6)
     chunks = list(model.generate(idx, 14, **GREEDY))
     assert [chunk.tokens.shape for chunk in chunks] == [(2, 6)] + [(2, 1)] * 14
     text = text_of(chunks)
     assert torch.equal(text, greedy_by_hand(model, idx, torch.ones_like(idx, dtype=torch.bool), 14, 24))
-    stats = model(text, router=decode_router(model))[2]
+    logits, _, stats = model(text, router=decode_router(model))
     experts = torch.cat([chunk.experts for chunk in chunks], dim=1)  # (B, P + n, L)
     assert torch.equal(experts, stats.experts.permute(1, 2, 0))
+    mask = torch.cat([chunk.mask for chunk in chunks], dim=1)  # (B, P + n, L, E)
+    assert torch.equal(mask, stats.routing.mask[..., : model.config.n_expert].permute(1, 2, 0, 3))
+    assert close(model.head(torch.cat([chunk.last_hidden for chunk in chunks], dim=1)), logits)
     assert torch.cat([chunk.active for chunk in chunks], dim=1).all()
 
 

@@ -1,11 +1,14 @@
 """sample.py: what it prints is what the model generated, however it is asked, and bad input is one line."""
 
+import html
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
@@ -169,7 +172,7 @@ def test_show_experts_gives_each_token_its_colour(capfd, tokenizer):
     ids = tokenizer.encode("def f")
     experts = torch.tensor([[[1, 1], [4, 4], [1, 3], [2, 3]]])
     chunk = SimpleNamespace(tokens=torch.tensor([ids[:1] * 4]), experts=experts)
-    sample.write([chunk], tokenizer, sample.painter(MoEConfig(**SHAPE)), sample.Tally())
+    sample.write([chunk], tokenizer, sample.painter(SHAPE["k"]), sample.Tally())
     text = tokenizer.decode(ids[:1])
     expected = [sample.paint(text, sample.COLOURS[i]) for i in (0, 6, 3, 5)]
     assert capfd.readouterr().out == "".join(expected) + "\n"
@@ -228,6 +231,8 @@ def test_a_dense_run(say, fails, tmp_path, tokenizer):
     out = say("--prompt=def", out_dir=folder)
     assert "12 new tokens" in out and "experts per token" not in out
     assert "dense" in fails("--show_experts", out_dir=folder)
+    assert "dense" in fails(f"--html={tmp_path / 'a.html'}", out_dir=folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_bfloat16(say):
@@ -273,17 +278,22 @@ def test_a_pretrained_model_ends_at_its_end_of_text(say, pretrained):
     assert int(re.search(r"(\d+) new tokens", out)[1]) < 5000 and "<end>" not in out
 
 
-def test_ctrl_c_stops_and_sums_up(say, monkeypatch):
-    """Ctrl-C ends the writing; what was written is counted."""
+def interrupt(monkeypatch, after, error=KeyboardInterrupt):
+    """Let the error come up when `after` chunks have been generated."""
     generate = MoEGPT.generate
 
     def interrupted(*args, **kwargs):
         for n, chunk in enumerate(generate(*args, **kwargs)):
-            if n == 4:
-                raise KeyboardInterrupt
+            if n == after:
+                raise error
             yield chunk
 
     monkeypatch.setattr(MoEGPT, "generate", interrupted)
+
+
+def test_ctrl_c_stops_and_sums_up(say, monkeypatch):
+    """Ctrl-C ends the writing; what was written is counted."""
+    interrupt(monkeypatch, after=4)
     out = say("--prompt=def", "--num_samples=3")
     assert out.splitlines()[-1].startswith("3 new tokens, ") and "sample 2" not in out
 
@@ -355,6 +365,212 @@ def test_bad_pretrained_folder(fails, pretrained, tmp_path, removed, words):
     folder = shutil.copytree(pretrained, tmp_path / "hf")
     (folder / removed).unlink()
     assert words in fails(f"--init_from={folder}")
+
+
+class Scripts(HTMLParser):
+    """The scripts of a page, as a browser separates them from the rest."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.inside = [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag == "script"
+        self.found += [""] * self.inside
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, text):
+        if self.inside:
+            self.found[-1] += text
+
+
+def read_page(path):
+    """The data of a page, after a look at what is around it."""
+    page = path.read_text(encoding="utf-8")
+    assert not re.search(r"src=|href=|url\(|@import|https?:|fetch\(", page)  # nothing from elsewhere
+    data, code = Scripts(page).found
+    assert code.strip().endswith("}") and path.with_name(path.name + ".tmp").exists() is False
+    return json.loads(data)
+
+
+@torch.no_grad()
+def by_hand(model, ids, window):
+    """Of each token entropy, probability and experts, by an uncached forward on all that its window held."""
+    begin, ahead, rows = 0, None, []
+    for position, token in enumerate(ids):
+        if position - begin == window:
+            begin = position - window // 2
+        numbers = (
+            (None, None) if ahead is None else (-(ahead * ahead.log()).sum().item(), ahead[token].item())
+        )
+        logits, _, stats = model(torch.tensor([ids[begin : position + 1]]), router="online_seqtopk")
+        ahead = logits[0, -1].double().softmax(-1)
+        experts = [layer[0, -1].nonzero().flatten().tolist() for layer in stats.routing.mask]
+        rows.append((*numbers, experts))
+    return rows
+
+
+HOSTILE = "</script><b>&\n\t\"'é🙂\\"
+
+
+@pytest.mark.parametrize("new_tokens", [7, 90], ids=["within block_size", "beyond it"])
+def test_the_page_says_what_the_model_did(say, run, tokenizer, tmp_path, new_tokens):
+    """Its tokens are the printed text, each with the experts, the entropy and the probability that whole
+    forwards give, whatever the sampling options."""
+    out = say(
+        f"--prompt={HOSTILE}", f"--max_new_tokens={new_tokens}", "--top_k=50", f"--html={tmp_path / 'a.html'}"
+    )
+    data = read_page(tmp_path / "a.html")
+    (rows,) = data["samples"]
+    assert "".join(row["text"] for row in rows) == body(out) and body(out).startswith(HOSTILE)
+    ids, prompt = [row["id"] for row in rows], tokenizer.encode(HOSTILE)
+    assert [row["id"] for row in rows if row["prompt"]] == prompt == ids[: len(prompt)]
+    assert f"{len(ids) - len(prompt)} new tokens" in out and (data["k"], data["layers"]) == (2, [0, 1])
+    model = MoEGPT.from_checkpoint(load_checkpoint(run / "best.pt"))
+    assert (rows[0]["entropy"], rows[0]["probability"]) == (None, None)
+    for row, (*numbers, experts) in zip(rows, by_hand(model, ids, window=32), strict=True):
+        assert row["experts"] == experts
+        if row is not rows[0]:
+            assert [row["entropy"], row["probability"]] == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+    assert out.startswith(data["about"][0] + "\n") and ("note:" in data["about"][1]) == (new_tokens == 90)
+    assert data["about"][-1].startswith("K = 2 of 8 experts") and "top_k 50" in data["about"][-1]
+
+
+def test_the_page_has_every_sample_and_changes_none(say, tmp_path):
+    """Samples are the same with and without --html, and all on one page, after the token that begins them."""
+    plain = say("--num_samples=3")
+    out = say("--num_samples=3", f"--html={tmp_path / 'a.html'}")
+    assert out.rsplit("\n\n", 1)[0] == plain.rsplit("\n\n", 1)[0]
+    assert out.endswith(f"\npage: {tmp_path / 'a.html'}\n")
+    samples = read_page(tmp_path / "a.html")["samples"]
+    texts = re.split(r"\n--- sample \d of 3\n", plain.rsplit("\n\n", 1)[0] + "\n")[1:]
+    assert ["".join(row["text"] for row in rows) for rows in samples] == [text[:-1] for text in texts]
+    assert all(rows[0]["text"] == "" and "endoftext" in rows[0]["name"] for rows in samples)
+
+
+def test_no_text_ends_the_script_of_the_page(say, run, tmp_path):
+    """What would end the script, or begin a comment in it, is data like any other."""
+    folder = tmp_path / "<!--<script><" / "script><b>&"
+    shutil.copytree(run, folder)
+    say(f"--prompt={HOSTILE}", f"--html={tmp_path / 'a.html'}", out_dir=folder)
+    data = read_page(tmp_path / "a.html")
+    assert data["about"][0].startswith(f"{folder}/best.pt: ") and "</script><b>&" in data["about"][0]
+
+
+def test_tokens_of_the_page_have_printable_names(tokenizer):
+    """Parts of characters are named by their bytes; a backslash and a control character are escaped."""
+    names = [sample.token_name(token, tokenizer) for token in tokenizer.encode("é\\\x1b\t a"[:4])]
+    assert names == ["\\xc3", "\\xa9", "\\\\", "\\x1b", "\\t"]
+
+
+def test_dense_layers_are_not_on_the_page(say, tmp_path, tokenizer):
+    """A page of a model whose first layer is dense has the experts of the other, under its own number."""
+    folder = write_run(tmp_path / "run", "best.pt", tokenizer=tokenizer, n_dense_layer=1)
+    say("--prompt=def", f"--html={tmp_path / 'a.html'}", out_dir=folder)
+    data = read_page(tmp_path / "a.html")
+    assert data["layers"] == [1] and {len(row["experts"]) for row in data["samples"][0]} == {1}
+
+
+@pytest.mark.parametrize("name", ["", ".", "nowhere/a.html", "folder", "file/a.html", "/dev/null"])
+def test_a_page_that_cannot_be_written(fails, tmp_path, monkeypatch, name):
+    """It is refused before anything is generated, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MoEGPT, "generate", None)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    assert "html is " in fails(f"--html={name}")
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+
+
+def test_ctrl_c_leaves_a_page_of_what_was_written(say, monkeypatch, tmp_path):
+    """After Ctrl-C the page has what was printed until then."""
+    interrupt(monkeypatch, after=4)
+    out = say("--prompt=def", "--num_samples=3", f"--html={tmp_path / 'a.html'}")
+    (rows,) = read_page(tmp_path / "a.html")["samples"]
+    assert [row["prompt"] for row in rows].count(False) == 3
+    assert "".join(row["text"] for row in rows).rstrip("\ufffd") in out
+
+
+def test_a_failure_leaves_the_old_page(say, monkeypatch, tmp_path):
+    """What breaks off with an error neither replaces an older page nor leaves half of a new one."""
+    path = tmp_path / "a.html"
+    path.write_text("old")
+    interrupt(monkeypatch, after=4, error=RuntimeError)
+    with pytest.raises(RuntimeError):
+        say("--prompt=def", f"--html={path}")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# Points at the middle of each token, and notes what is there, what the panel then says, and the shades.
+PROBE = """<script>
+const seen = spans.map((span) => {
+  span.scrollIntoView({ block: "center" })
+  const box = span.getClientRects()[0]
+  const target = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2)
+  target.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }))
+  const facts = [...find("facts").rows].map((row) => [...row.cells].map((cell) => cell.textContent))
+  return { text: span.textContent, name: find("name").textContent, width: box.width, facts, shades: [],
+    here: [...document.querySelectorAll(".here")].indexOf(span) }
+})
+for (const option of find("layer").options) {
+  find("layer").value = option.value
+  find("layer").onchange()
+  spans.forEach((span, i) => seen[i].shades.push(getComputedStyle(span).backgroundColor))
+}
+const page = () => getComputedStyle(document.body).backgroundColor
+const pages = [page(), find("theme").click() ?? page(), find("theme").click() ?? page()]
+spans[0].focus()
+spans[0].dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }))
+const found = { seen, pages, focus: spans.indexOf(document.activeElement), about: find("about").innerText,
+  fits: document.documentElement.scrollWidth <= innerWidth }
+document.body.replaceChildren()
+add(document.body, "pre", JSON.stringify(found))
+</script>"""
+
+
+def look(path, profile, window):
+    """What PROBE finds in a real browser with a window of that size."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("needs chromium or Chrome")
+    probed = path.with_name("probed.html")
+    probed.write_text(path.read_text(encoding="utf-8") + PROBE, encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    command = [browser, *flags, f"--window-size={window}", "--dump-dom", probed.as_uri()]
+    dump = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120).stdout
+    return json.loads(html.unescape(re.search(r"<pre>(.*)</pre>", dump, re.S)[1]))
+
+
+@pytest.mark.parametrize("window", ["1200,800", "500,800"], ids=["wide", "phone"])
+def test_a_browser_shows_every_token_and_its_numbers(say, tmp_path, window):
+    """All tokens are visible; the pointer on one brings up its numbers; in each layer every number of experts
+    has its shade; the arrow keys and the theme's button work; no line is wider than the window."""
+    path = tmp_path / "a.html"
+    out = say(f"--prompt={HOSTILE}", "--max_new_tokens=60", "--num_samples=2", f"--html={path}")
+    rows = [row for rows in read_page(path)["samples"] for row in rows]
+    found = look(path, tmp_path / "profile", window)
+    light, dark, again = found["pages"]
+    assert found["fits"] and found["focus"] == 1 and light == again != dark
+    assert found["about"].startswith(out.splitlines()[0])
+    for row, seen in zip(rows, found["seen"], strict=True):
+        assert (seen["text"], seen["name"]) == (row["text"], row["name"])
+        assert seen["width"] > 0 and seen["here"] == 0
+        facts = dict(seen["facts"])
+        assert int(facts["token id"]) == row["id"]
+        for name, key in (("entropy, nats", "entropy"), ("probability", "probability")):
+            assert facts[name] == "\u2013" if row[key] is None else float(facts[name]) == row[key]
+        counts = [len(experts) for experts in row["experts"]]
+        assert float(facts["experts, mean"]) == sum(counts) / 2
+        for layer, experts in enumerate(row["experts"]):
+            assert facts[f"layer {layer}"] == f"{len(experts)}: {' '.join(map(str, experts))}"
+        seen["counts"] = [sum(counts) / 2, *counts]
+    for column in range(3):
+        pairs = {(seen["counts"][column], seen["shades"][column]) for seen in found["seen"]}
+        assert len({count for count, _ in pairs}) == len({shade for _, shade in pairs}) == len(pairs) > 1
 
 
 def test_help_explains_every_key():
