@@ -494,15 +494,16 @@ def test_cutoffs_by_hand(start, seen, first, then):
     assert [call.stats.load.sum().item() == 2 * 4 * 32 * 2 for call in seen] == exact
 
 
-def test_the_weight_of_remoes_loss_by_hand(start, seen):
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_weight_of_remoes_loss_by_hand(start, seen, k):
     """It is 1.2 times what it was after each iteration under remoe that spent more than k per token."""
     warm_up = {"first_router": "top_p", "mass": 0.9, "first_iters": 1}
     settings = {"router": "remoe", "score_fn": "relu", "max_iters": 4, "gradient_accumulation_steps": 2}
-    folder = start(**settings, **warm_up, k=1)
+    folder = start(**settings, **warm_up, k=k)
     coef = 1e-8
     for first, second in zip(seen[2::2], seen[3::2]):
         spent = (first.stats.load + second.stats.load).sum().item()
-        coef *= 1.2 if spent > 2 * 2 * 4 * 32 else 1 / 1.2
+        coef *= 1.2 if spent > 2 * 2 * 4 * 32 * k else 1 / 1.2
     assert load_checkpoint(folder / "last.pt")["l1_coef"].item() == pytest.approx(coef, rel=1e-5)
 
 
