@@ -721,7 +721,8 @@ def test_the_causal_loss_is_the_headline(start, monkeypatch, router):
     monkeypatch.setattr(
         train, "evaluate", lambda run, router: routers.append(router) or evaluate(run, router)
     )
-    entry = entries(start(max_iters=2, router=router, **said(router)), "eval")[-1]
+    far = {"learning_rate": 0.1, "warmup_iters": 0}  # so that scores differ
+    entry = entries(start(max_iters=2, router=router, **far, **said(router)), "eval")[-1]
     assert routers[0] == ROUTERS[router].decode
     assert set(routers) == {ROUTERS[router].decode, router}
     assert (entry["causal"] == entry["as_trained"]) == ROUTERS[router].causal
@@ -1261,7 +1262,7 @@ def test_config_file(path):
         assert config.router == "seqtopk"
     elif "dense" in path.stem:
         assert config.n_expert == 1
-    else:
+    elif not path.stem.startswith("quality"):  # what bench.py adds a router to
         assert path.stem.endswith(f"_{config.router}")
 
 
