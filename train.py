@@ -425,7 +425,7 @@ def losses(run: Run, x: Tensor, y: Tensor, router: str | None = None) -> tuple[T
         _, loss, stats = run.forward(x, y, router=router)
     total = loss + config.balance_coef * stats.balance_loss + config.z_coef * stats.z_loss
     for layer in stats.routing:
-        share = 1 / len(stats.routing)
+        share = 1 / len(stats.routing)  # means over layers, as the others are
         if config.entropy_coef:
             total = total + share * config.entropy_coef * entropy_loss(layer.scores)
         if ROUTERS[router].l1:

@@ -408,7 +408,7 @@ def by_hand(model, ids, window):
         )
         logits, _, stats = model(torch.tensor([ids[begin : position + 1]]), router="online_seqtopk")
         ahead = logits[0, -1].double().softmax(-1)
-        experts = [layer[0, -1].nonzero().flatten().tolist() for layer in stats.routing.mask]
+        experts = [layer.mask[0, -1].nonzero().flatten().tolist() for layer in stats.routing]
         rows.append((*numbers, experts))
     return rows
 
