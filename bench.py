@@ -884,6 +884,7 @@ def recipe(config: BenchConfig, router: str) -> dict[str, object]:
     if router == "loss_free":
         normalised_sigmoid = {"score_fn": "sigmoid", "norm_topk": True}
         return {"router": "topk", **normalised_sigmoid, "bias_rate": 0.001, "balance_coef": 0.0}
+    warm_up = {"first_router": "expert_choice", "first_iters": max(1, shared["max_iters"] // 10)}
     more = {
         "expert_threshold": {
             "first_router": "expert_choice",
@@ -892,8 +893,7 @@ def recipe(config: BenchConfig, router: str) -> dict[str, object]:
         "null_experts": {"n_null": shared["n_expert"]},
         "top_p": {"mass": 0.1},  # about 2 of the 32 experts of config/quality.py
     }
-    unbalanced = {"balance_coef": 0.0} if ROUTERS[router].cutoffs or ROUTERS[router].l1 else {}
-    return {"router": router, **dict(ROUTERS[router].needs), **more.get(router, {}), **unbalanced}
+    return {"router": router, **dict(ROUTERS[router].needs), **more.get(router, {})}
 
 
 def router_arms(routers: list[str], k: int, **settings) -> list[Arm]:
