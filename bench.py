@@ -886,10 +886,8 @@ def recipe(config: BenchConfig, router: str) -> dict[str, object]:
         return {"router": "topk", **normalised_sigmoid, "bias_rate": 0.001, "balance_coef": 0.0}
     warm_up = {"first_router": "expert_choice", "first_iters": max(1, shared["max_iters"] // 10)}
     more = {
-        "expert_threshold": {
-            "first_router": "expert_choice",
-            "first_iters": max(1, shared["max_iters"] // 10),
-        },
+        "expert_threshold": {"balance_coef": 0.0, **warm_up},
+        "remoe": {"balance_coef": 0.0, "z_coef": 0.0},
         "null_experts": {"n_null": shared["n_expert"]},
         "top_p": {"mass": 0.1},  # about 2 of the 32 experts of config/quality.py
     }
