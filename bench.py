@@ -888,7 +888,7 @@ def recipe(config: BenchConfig, router: str) -> dict[str, object]:
     more = {
         "expert_threshold": {"balance_coef": 0.0, **warm_up},
         "remoe": {"balance_coef": 0.0, "z_coef": 0.0},
-        "null_experts": {"n_null": shared["n_expert"]},
+        "null_experts": {"n_null": shared["n_expert"], "balance_coef": 0.02},  # as in arXiv 2601.15370
         "top_p": {"mass": 0.1},  # about 2 of the 32 experts of config/quality.py
     }
     return {"router": router, **dict(ROUTERS[router].needs), **more.get(router, {})}
@@ -922,7 +922,9 @@ def compare(bench: Bench, arms: list[Arm]) -> list[dict]:
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
         found = folder / "quality.json"
         if not found.is_file():
-            found.write_text(json.dumps(run_figures(bench, folder)))
+            whole = found.with_suffix(".tmp")
+            whole.write_text(json.dumps(run_figures(bench, folder)))
+            whole.replace(found)
         yield arm.name, arm.base, json.loads(found.read_text())
 
     return judged(bench, arms, judge)
@@ -977,7 +979,9 @@ def train_run(config: BenchConfig, arm: Arm, seed: int, may_begin: bool) -> bool
     folder = run_folder(config, arm, seed)
     if (folder / "finished").is_file() or not may_begin:
         return (folder / "finished").is_file()
-    settings = run_settings(config, arm, seed) | {"sample_tokens": 0, "out_dir": folder}
+    where = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
+    where = {key: value for key, value in where.items() if value != "auto"}
+    settings = run_settings(config, arm, seed) | where | {"sample_tokens": 0, "out_dir": folder}
     if (folder / "last.pt").is_file():
         settings["init_from"] = "resume"
     folder.mkdir(parents=True, exist_ok=True)
@@ -1033,10 +1037,11 @@ def quality_row(name: str, runs: dict[int, dict], base: dict[int, dict]) -> dict
     row = {"what": name, "runs": len(runs)}
     both = [seed for seed in runs if seed in base]
     for key in next(iter(runs.values())):
-        if key == "curve":
-            row["curves"] = [run[key] for run in runs.values()]
+        values = [run[key] for run in runs.values()]
+        if key in ("curve", "tokens"):
+            row |= {"curves": values} if key == "curve" else {"tokens": values[0]}
             continue
-        row[key] = mean_and_error([run[key] for run in runs.values()])
+        row[key] = mean_and_error(values)
         if key in ("nats", "exact match") and both and runs is not base:
             row[f"{key}, to base"] = mean_and_error([runs[seed][key] - base[seed][key] for seed in both])
     return row
