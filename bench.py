@@ -1286,7 +1286,7 @@ def bench_length(bench: Bench) -> list[dict]:
     k, shared = k_of(bench), shared_settings(bench.config)
     tokens = shared["batch_size"] * shared.get("block_size", MoEConfig.block_size)
     lengths = {T: {"block_size": T, "batch_size": max(1, tokens // T)} for T in LENGTHS}
-    arms = [vary(router_arms(["seqtopk"], k, **size)[0], T=T) for T, size in lengths.items()]
+    arms = [replace(router_arms(["seqtopk"], k, **size)[0], name=f"T={T}") for T, size in lengths.items()]
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
         run = open_run(bench, folder)
