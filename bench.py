@@ -1233,8 +1233,10 @@ def by_position(values: Tensor) -> dict[str, list[float]]:
 def problem_parts(run: Opened) -> dict[str, Tensor]:
     """Which tokens (windows, T) of arithmetic are of some kind themselves, and which precede one that is."""
     windows = torch.cat([x for x, _ in run.batches]).tolist()
-    decode = run.dataset.tokenizer.decode
-    kinds = np.array([kinds_of_text([decode([token]) for token in window]) for window in windows])
+    tokenizer = run.dataset.tokenizer
+    pieces = {token: tokenizer.decode([token]) for token in set(itertools.chain(*windows))}
+    pieces[tokenizer.eot] = ""  # no text: the next problem begins a line
+    kinds = np.array([kinds_of_text([pieces[token] for token in window]) for window in windows])
     masks = {}
     for kind in KINDS:
         read = torch.from_numpy(kinds == kind)  # (windows, T)
@@ -1244,13 +1246,13 @@ def problem_parts(run: Opened) -> dict[str, Tensor]:
 
 
 def kinds_of_text(pieces: list[str]) -> list[str]:
-    """The kind of each of a text's tokens: one of KINDS, or "" in a first line whose beginning is cut off."""
+    """The kind of each of a text's tokens: one of KINDS, or "" if empty or in a first line cut off at its start."""
     text, place, kinds = "".join(pieces), 0, []
     for piece in pieces:
         at = place + len(piece) - len(piece.lstrip(" "))
         start = text.rfind("\n", 0, at) + 1
-        known = start or text.startswith(("Question:", "Answer:"))
-        kinds.append(kind_of_character(text[start : at + 1]) if known else "")
+        known = piece and (start or text.startswith(("Question:", "Answer:")))
+        kinds.append(kind_of_character(text[start:], at - start) if known else "")
         place += len(piece)
     return kinds
 
@@ -1259,14 +1261,14 @@ KINDS = ("words of the question", "numbers of the question", "words of the answe
 KINDS += ("copied numbers", "results", "final result")
 
 
-def kind_of_character(line: str) -> str:
-    """The kind of the last character of a line that ends with it."""
-    digit = line[-1:].isdigit()
+def kind_of_character(line: str, at: int) -> str:
+    """The kind of the character at `at`, in a text that begins with its line."""
+    digit = line[at : at + 1].isdigit()
     if line.startswith("Question"):
         return KINDS[1 if digit else 0]
     if not digit:
         return KINDS[2]
-    return KINDS[5] if line.startswith("#") else KINDS[4] if "=" in line else KINDS[3]
+    return KINDS[5] if line.startswith("#") else KINDS[4] if "=" in line[:at] else KINDS[3]
 
 
 def frequent_tokens(run: Opened) -> dict[str, Tensor]:
