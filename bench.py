@@ -1425,14 +1425,14 @@ def without_least_used(bench: Bench, run: Opened) -> MoEGPT:
     T, model = run.batches[0][0].shape[1], run.model
     x, _ = run.dataset.train_batch(0, USUAL_TOKENS // T, T, bench.config.seed)
     load = model(x.to(bench.device), router=run.decode)[2].load  # (L, E)
-    smaller = MoEGPT(replace(model.config, n_expert=model.config.n_expert * 3 // 4)).to(bench.device)
+    smaller = MoEGPT(replace(model.config, n_expert=model.config.n_expert * 3 // 4))
     kept = load.argsort(dim=-1, descending=True, stable=True)[:, : smaller.config.n_expert].sort(-1).values
     whole = model.state_dict()
     layers = (name for name, module in model.named_modules() if isinstance(module, MoE))
     for (layer, experts), part in itertools.product(zip(layers, kept, strict=True), PER_EXPERT):
         whole[f"{layer}.{part}"] = whole[f"{layer}.{part}"][experts]
     smaller.load_state_dict(whole)
-    return smaller.eval()
+    return smaller.to(bench.device).cast(bench.dtype).eval()
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
