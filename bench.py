@@ -1125,7 +1125,7 @@ def bench_online(bench: Bench) -> list[dict]:
     k, last = k_of(bench), shared_settings(bench.config)["max_iters"] * 9 // 10
     arms = router_arms(["topk", "seqtopk", "online_seqtopk"], k)
     switched = {"router": "online_seqtopk", "k": k, "first_router": "seqtopk", "first_iters": last}
-    return compare(bench, [*arms, Arm(f"seqtopk, the last tenth online, k={k}", switched, arms[1].name)])
+    return compare(bench, [*arms, Arm(f"seqtopk, the last tenth online, k={k}", switched, arms[0].name)])
 
 
 def bench_bounds(bench: Bench) -> list[dict]:
