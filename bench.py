@@ -1124,7 +1124,7 @@ def bench_finetune(bench: Bench) -> list[dict]:
 def bench_online(bench: Bench) -> list[dict]:
     """Claim 3: trained globally or online, decoded online; and global first, online for the last tenth.
 
-    Each is compared to TopK; "nats" is the loss under online SeqTopK.
+    Each is compared to TopK, but the last to SeqTopK; "nats" is the loss under online SeqTopK.
     """
     k, last = k_of(bench), shared_settings(bench.config)["max_iters"] * 9 // 10
     arms = router_arms(["topk", "seqtopk", "online_seqtopk"], k)
@@ -1237,8 +1237,10 @@ def by_position(values: Tensor) -> dict[str, list[float]]:
 def problem_parts(run: Opened) -> dict[str, Tensor]:
     """Which tokens (windows, T) of arithmetic are of some kind themselves, and which precede one that is."""
     windows = torch.cat([x for x, _ in run.batches]).tolist()
-    decode = run.dataset.tokenizer.decode
-    kinds = np.array([kinds_of_text([decode([token]) for token in window]) for window in windows])
+    tokenizer = run.dataset.tokenizer
+    pieces = {token: tokenizer.decode([token]) for token in set(itertools.chain(*windows))}
+    pieces[tokenizer.eot] = ""  # no text: the next problem begins a line
+    kinds = np.array([kinds_of_text([pieces[token] for token in window]) for window in windows])
     masks = {}
     for kind in KINDS:
         read = torch.from_numpy(kinds == kind)  # (windows, T)
@@ -1248,13 +1250,13 @@ def problem_parts(run: Opened) -> dict[str, Tensor]:
 
 
 def kinds_of_text(pieces: list[str]) -> list[str]:
-    """The kind of each of a text's tokens: one of KINDS, or "" in a first line whose beginning is cut off."""
+    """The kind of each of a text's tokens: one of KINDS, or "" if empty or in a first line cut off at its start."""
     text, place, kinds = "".join(pieces), 0, []
     for piece in pieces:
         at = place + len(piece) - len(piece.lstrip(" "))
         start = text.rfind("\n", 0, at) + 1
-        known = start or text.startswith(("Question:", "Answer:"))
-        kinds.append(kind_of_character(text[start : at + 1]) if known else "")
+        known = piece and (start or text.startswith(("Question:", "Answer:")))
+        kinds.append(kind_of_character(text[start:], at - start) if known else "")
         place += len(piece)
     return kinds
 
@@ -1263,14 +1265,14 @@ KINDS = ("words of the question", "numbers of the question", "words of the answe
 KINDS += ("copied numbers", "results", "final result")
 
 
-def kind_of_character(line: str) -> str:
-    """The kind of the last character of a line that ends with it."""
-    digit = line[-1:].isdigit()
+def kind_of_character(line: str, at: int) -> str:
+    """The kind of the character at `at`, in a text that begins with its line."""
+    digit = line[at : at + 1].isdigit()
     if line.startswith("Question"):
         return KINDS[1 if digit else 0]
     if not digit:
         return KINDS[2]
-    return KINDS[5] if line.startswith("#") else KINDS[4] if "=" in line else KINDS[3]
+    return KINDS[5] if line.startswith("#") else KINDS[4] if "=" in line[:at] else KINDS[3]
 
 
 def frequent_tokens(run: Opened) -> dict[str, Tensor]:
@@ -1284,13 +1286,14 @@ def frequent_tokens(run: Opened) -> dict[str, Tensor]:
 def bench_length(bench: Bench) -> list[dict]:
     """Claim 7: how does the gap between global and online routing change with length and position?
 
-    Trained with SeqTopK on sequences of 256, 1024 and 2048 tokens, as many tokens in all. "gap": the loss
+    Trained with SeqTopK on sequences of 256, 1024 and 2048 tokens, the same number of tokens. "gap": the loss
     under online SeqTopK less that under SeqTopK, of the same weights and tokens.
     """
     k, shared = k_of(bench), shared_settings(bench.config)
-    tokens = shared["batch_size"] * shared.get("block_size", MoEConfig.block_size)
-    lengths = {T: {"block_size": T, "batch_size": max(1, tokens // T)} for T in LENGTHS}
-    arms = [vary(router_arms(["seqtopk"], k, **size)[0], T=T) for T, size in lengths.items()]
+    usual = shared.get("block_size", MoEConfig.block_size)
+    arms = [
+        replace(router_arms(["seqtopk"], k, **longer(shared, usual, T))[0], name=f"T={T}") for T in LENGTHS
+    ]
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
         run = open_run(bench, folder)
@@ -1305,6 +1308,15 @@ def bench_length(bench: Bench) -> list[dict]:
             yield f"T={T}, tokens {start + 1} to {end}", "", figures
 
     return judged(bench, arms, judge)
+
+
+def longer(shared: dict, usual: int, T: int) -> dict[str, int]:
+    """Settings for sequences of T tokens in place of the usual ones, and as many tokens in all."""
+    if T == usual:
+        return {}
+    batch_size = max(1, shared["batch_size"] * usual // T)
+    iters = shared["max_iters"] * shared["batch_size"] * usual // (batch_size * T)
+    return {"block_size": T, "batch_size": batch_size, "max_iters": iters}
 
 
 def bench_long(bench: Bench) -> list[dict]:
@@ -1430,14 +1442,14 @@ def without_least_used(bench: Bench, run: Opened) -> MoEGPT:
     """The model with the three quarters of each layer's experts that most tokens go to."""
     model = run.model
     load = sum(model(x, router=run.decode)[2].load for x in usual_text(bench, run))  # (L, E)
-    smaller = MoEGPT(replace(model.config, n_expert=model.config.n_expert * 3 // 4)).to(bench.device)
+    smaller = MoEGPT(replace(model.config, n_expert=model.config.n_expert * 3 // 4))
     kept = load.argsort(dim=-1, descending=True, stable=True)[:, : smaller.config.n_expert].sort(-1).values
     whole = model.state_dict()
     layers = (name for name, module in model.named_modules() if isinstance(module, MoE))
     for (layer, experts), part in itertools.product(zip(layers, kept, strict=True), PER_EXPERT):
         whole[f"{layer}.{part}"] = whole[f"{layer}.{part}"][experts]
     smaller.load_state_dict(whole)
-    return smaller.eval()
+    return smaller.to(bench.device).cast(bench.dtype).eval()
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> list[float]:

@@ -59,23 +59,40 @@ def ref_batchtopk(scores: Tensor, k: int, min_experts: int = 1, max_experts: int
 
 
 def ref_online_seqtopk(
-    scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None, strict: bool = True
+    scores: Tensor,
+    k: int,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+    strict: bool = True,
+    prior: tuple[int, Tensor] = (0, torch.empty(0)),
 ) -> Tensor:
+    """prior: tokens that came before the first one, and the scores of their candidates in any order."""
     high = min(k + 2, scores.shape[-1]) if max_experts is None else max_experts
     mask = empty_mask(scores)
     for b, sequence in enumerate(scores.tolist()):
-        past, spent = [], 0  # spent: candidates taken so far, the always-taken experts not counted
+        past = [(-score, -1, 0, -1) for score in prior[1].tolist()]  # "token -1": earlier than all others
+        spent = 0  # candidates taken so far, the always-taken experts not counted
         for t, token in enumerate(sequence):
             budget = (t + 1) * (k - min_experts)
             own = candidates(t, token, min_experts, high)
             past = sorted(past + own)
-            taken = [c for c in past[:budget] if c[1] == t]  # at or above the budget-th largest of the past
+            best = past[: budget + prior[0] * (k - min_experts)]
+            taken = [c for c in best if c[1] == t]  # at or above the threshold, the last of the best
             if strict:
                 taken = taken[: budget - spent]
             spent += len(taken)
             for e in best_experts(token)[:min_experts] + [c[3] for c in taken]:
                 mask[b][t][e] = True
     return torch.tensor(mask)
+
+
+def ref_discount(scores: Tensor) -> Tensor:
+    """The nth best score of a token divided by n, or multiplied by n if it is below 0."""
+    rows = scores.tolist()
+    for token in (token for sequence in rows for token in sequence):
+        for n, e in enumerate(best_experts(token), start=1):
+            token[e] = token[e] / n if token[e] > 0 else token[e] * n
+    return torch.tensor(rows)
 
 
 def ref_expert_choice(scores: Tensor, k: int) -> Tensor:

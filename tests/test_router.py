@@ -16,9 +16,11 @@ import router as router_module
 from model import MoEConfig, MoEGPT
 from router import (
     ROUTERS,
+    DiscountCache,
     ExpertCache,
     batchtopk,
     cutoff_update,
+    discount_by_rank,
     entropy_loss,
     expert_choice,
     expert_threshold,
@@ -29,14 +31,18 @@ from router import (
     loss_free_update,
     null_experts,
     online_seqtopk,
+    online_seqtopk_discount,
+    pseudo_candidates,
     remoe,
     seqtopk,
+    seqtopk_discount,
     top_p,
     topk,
     z_loss,
 )
 from tests.reference import (
     ref_batchtopk,
+    ref_discount,
     ref_expert_choice,
     ref_expert_threshold,
     ref_null_experts,
@@ -94,6 +100,10 @@ class Case:
     @property
     def highest(self) -> int:
         return min(self.k + 2, self.scores.shape[-1]) if self.max_experts is None else self.max_experts
+
+    @property
+    def candidates(self) -> int:
+        return self.highest - self.min_experts
 
 
 def draw(kind: str, seed: int, budget: int = 40_000) -> Case:
@@ -181,6 +191,29 @@ def test_online_seqtopk_is_its_definition(kind, seed, strict):
     assert same(got, ref_online_seqtopk(c.scores, c.k, **c.bounds, strict=strict))
 
 
+def usual(kind: str, size: int, seed: int = 0) -> Tensor:
+    """Scores (size,) like those of the case, in no order."""
+    return make_scores(kind, 1, max(1, size), 2, seed + 50).flatten()[:size]
+
+
+PRIORS = (1, 2, 5, 20, 50, 100)  # tokens, one for each seed
+
+
+@each_strict
+@each_case
+def test_online_seqtopk_with_a_prior_is_its_definition(kind, seed, strict):
+    """The prior's candidates compete as earlier tokens' would, and win ties; only real tokens spend."""
+    c = draw(kind, seed, budget=8_000)
+    n = min(PRIORS[seed], 1000 // max(1, c.candidates))
+    prior = usual(kind, n * c.candidates, seed)
+    got = online_seqtopk(c.scores, c.k, **c.bounds, strict=strict, prior=prior)
+    assert same(got, ref_online_seqtopk(c.scores, c.k, **c.bounds, strict=strict, prior=(n, prior)))
+    assert pairs(got).max() <= c.highest and pairs(got).min() >= c.min_experts
+    used = pairs(got).cumsum(-1)
+    assert not strict or (used <= c.k * torch.arange(1, used.shape[-1] + 1)).all()
+    assert same(online_seqtopk(c.scores, c.k, **c.bounds, strict=strict, prior=prior.flip(0)), got)
+
+
 @each_case
 def test_expert_choice_is_its_definition(kind, seed):
     """expert_choice gives each expert its share of best tokens, and the spare pairs to the best next ones."""
@@ -257,6 +290,137 @@ def test_the_default_bounds_are_one_and_k_plus_two(E, k):
     assert same(online_seqtopk(scores, k), online_seqtopk(scores, k, strict=True))
     assert same(seqtopk(scores, k), ref_seqtopk(scores, k))
     assert same(ExpertCache(2, 50, k, E).select(scores), online_seqtopk(scores, k, **explicit, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------
+# A prior
+
+
+@each_case
+def test_a_prior_of_no_tokens_is_none(kind, seed):
+    """An empty prior leaves online_seqtopk and its cache as they are without one."""
+    c = draw(kind, seed, budget=8_000)
+    B, T, E = c.scores.shape
+    for online in ONLINE:
+        want = online_seqtopk(c.scores, c.k, **c.bounds, **online)
+        for empty in torch.empty(0), pseudo_candidates(c.scores, c.k, 0, **c.bounds):
+            assert same(online_seqtopk(c.scores, c.k, **c.bounds, **online, prior=empty), want)
+            assert same(ExpertCache(B, T, c.k, E, **c.bounds, **online, prior=empty).select(c.scores), want)
+
+
+@each_case
+def test_a_prior_made_of_earlier_tokens_is_those_tokens(kind, seed):
+    """As many pseudo-candidates as tokens are those of the tokens: the sequence goes on after them."""
+    c = draw(kind, seed, budget=8_000)
+    n = c.scores.shape[1] // 2
+    for sequence in c.scores.split(1):
+        earlier, later = sequence[:, :n], sequence[:, n:]
+        prior = pseudo_candidates(earlier, c.k, n, **c.bounds)
+        values = earlier.sort(dim=-1, descending=True).values[..., c.min_experts : c.highest]
+        assert torch.equal(prior, values.flatten().sort().values)
+        whole = online_seqtopk(sequence, c.k, **c.bounds, strict=False)
+        assert same(online_seqtopk(later, c.k, **c.bounds, strict=False, prior=prior), whole[:, n:])
+
+
+def test_pseudo_candidates_by_hand():
+    """Of the candidates 0 to 15: the middles of as many equal shares as the prior has candidates."""
+    scores = torch.tensor([[[99.0, 2 * t, -5.0, 2 * t + 1] for t in torch.randperm(8).tolist()]])
+    bounds = {"min_experts": 1, "max_experts": 3}
+    for shape in (1, 8, 4), (2, 4, 4), (8, 1, 4):  # which sequence a token is of does not matter
+        by_n = {
+            n: pseudo_candidates(scores.view(shape), 2, n, **bounds).tolist() for n in (0, 1, 2, 4, 8, 16)
+        }
+        assert by_n[0] == [] and by_n[1] == [4, 12] and by_n[2] == [2, 6, 10, 14]
+        assert by_n[4] == [1, 3, 5, 7, 9, 11, 13, 15]
+        assert by_n[8] == list(range(16)) and by_n[16] == [n // 2 for n in range(32)]
+    assert pseudo_candidates(scores, 2, 1).shape == (3,)  # by default of ranks 2 to k + 2
+    assert pseudo_candidates(scores, 2, 3, min_experts=2, max_experts=2).shape == (0,)
+    with pytest.raises(ValueError, match="max_experts is 5"):
+        pseudo_candidates(scores, 2, 1, max_experts=5)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "growing", "shrinking", "swinging"])
+@pytest.mark.parametrize("k, min_experts, max_experts", [(2, 1, None), (3, 0, 8), (2, 2, 5)])
+def test_a_large_prior_is_a_fixed_threshold(kind, k, min_experts, max_experts):
+    """After very many usual tokens a score is taken wherever it occurs, or nowhere at all."""
+    T, n = 40, 20_000
+    how = {"min_experts": min_experts, "max_experts": max_experts}
+    scores = make_scores(kind, 2, T, 8)
+    prior = pseudo_candidates(make_scores("sigmoid", 1, 3000, 8, 1), k, n, **how)
+    mask = online_seqtopk(scores, k, **how, strict=False, prior=prior)
+    c, best_first = len(prior) // n, prior.flip(0)
+    low = best_first[min((n + T) * (k - min_experts), n * c - 1)]  # the real tokens can move it from the
+    high = best_first[max(n * (k - min_experts) - T * c, 0)]  # n*(k - m0)-th so far at the most
+    assert high - low < 0.01
+    ranked = scores.sort(dim=-1, descending=True)
+    taken = mask.gather(-1, ranked.indices)
+    eligible = torch.arange(8) < min_experts + c
+    sure = (torch.arange(8) < min_experts) | (eligible & (ranked.values > high))
+    if min_experts == k:
+        sure = torch.arange(8).expand_as(taken) < k
+        low = high = torch.inf
+    never = ~sure & (~eligible | (ranked.values < low))
+    assert taken[sure].all() and not taken[never].any() and (sure | never).float().mean() > 0.97
+
+
+# ---------------------------------------------------------------------------------------------------
+# Scores discounted by rank
+
+
+def test_discount_by_rank_by_hand():
+    """The nth best is divided by n, below 0 multiplied; of equals the lower expert is the better one."""
+    scores = torch.tensor([[0.125, 0.5, 0.375], [-2.0, -0.5, -1.0], [0.5, 0.5, 0.5], [-1.0, -1.0, 0.25]])
+    want = [[0.125 / 3, 0.5, 0.1875], [-6, -0.5, -2], [0.5, 0.25, 0.5 / 3], [-2, -3, 0.25]]
+    torch.testing.assert_close(discount_by_rank(scores), torch.tensor(want))
+    assert torch.equal(discount_by_rank(torch.tensor([0.0, -0.0, 0.0])), torch.zeros(3))
+
+
+@each_case
+def test_discount_by_rank_is_its_definition_and_keeps_the_order(kind, seed):
+    """The discounted scores are the reference's, and rank the experts of a token as before, ties included."""
+    scores = draw(kind, seed, budget=8_000).scores
+    got = discount_by_rank(scores)
+    assert torch.equal(got, ref_discount(scores))
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    assert torch.equal(got.argsort(dim=-1, descending=True, stable=True), order)
+    assert torch.equal(got.amax(-1), scores.amax(-1).where(scores.amax(-1) > 0, got.amax(-1)))
+
+
+@each_case
+def test_seqtopk_discount_is_its_definition(kind, seed):
+    """seqtopk of the discounted scores without a bound from above; it spends T*k in every sequence."""
+    c = draw(kind, seed, budget=8_000)
+    mask = seqtopk_discount(c.scores, c.k)
+    assert same(mask, ref_seqtopk(ref_discount(c.scores), c.k, 1, c.scores.shape[-1]))
+    assert (pairs(mask).sum(-1) == c.scores.shape[1] * c.k).all() and pairs(mask).min() >= 1
+
+
+@each_strict
+@each_case
+def test_online_seqtopk_discount_is_its_definition(kind, seed, strict):
+    """online_seqtopk of the discounted scores without a bound from above."""
+    c = draw(kind, seed, budget=8_000)
+    want = ref_online_seqtopk(ref_discount(c.scores), c.k, 1, c.scores.shape[-1], strict)
+    assert same(online_seqtopk_discount(c.scores, c.k, strict), want)
+
+
+@each_third_case
+def test_prefix_identity_of_the_discounted(kind, seed):
+    """Row m of the unstrict online rule is the last row of seqtopk_discount over the first m tokens."""
+    c = draw(kind, seed, budget=8_000)
+    online = online_seqtopk_discount(c.scores, c.k, strict=False)
+    for m in range(1, c.scores.shape[1] + 1):
+        assert same(online[:, m - 1], seqtopk_discount(c.scores[:, :m], c.k)[:, -1])
+
+
+def test_a_discount_makes_many_experts_dear():
+    """Two tokens, k=2: with scores as they are all is spent on the first; discounted, both get two."""
+    scores = torch.tensor([[[0.9, 0.8, 0.8], [0.6, 0.5, 0.1]]])
+    assert pairs(seqtopk(scores, 2, max_experts=3)).tolist() == [[3, 1]]
+    assert pairs(seqtopk_discount(scores, 2)).tolist() == [[3, 1]]  # 0.8 / 3 is still above 0.5 / 2
+    scores[0, 0, 2] = 0.7
+    assert pairs(seqtopk(scores, 2, max_experts=3)).tolist() == [[3, 1]]
+    assert pairs(seqtopk_discount(scores, 2)).tolist() == [[2, 2]]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -469,6 +633,50 @@ def test_a_long_sequence_fills_the_cache(kind, chunking, strict):
         assert same(mask, ref_online_seqtopk(scores, k, strict=strict))
 
 
+@each_strict
+@each_chunking
+@each_kind
+def test_the_cache_begins_from_its_prior(kind, chunking, strict):
+    """Fed in any chunks, before and after it is reset, the cache is online_seqtopk with that prior."""
+    seed = len(kind) + len(chunking)
+    c, n = draw(kind, seed, budget=2_000), seed % 7 * 20
+    B, T, E = c.scores.shape
+    prior = usual(kind, n * c.candidates, seed)
+    want = online_seqtopk(c.scores, c.k, **c.bounds, strict=strict, prior=prior)
+    cache = ExpertCache(B, T, c.k, E, **c.bounds, strict=strict, prior=prior)
+    nbytes = cache.nbytes
+    for _ in range(2):
+        assert same(feed(cache, c.scores, CHUNKINGS[chunking](T)), want)
+        cache.reset()
+    assert cache.nbytes == nbytes
+
+
+@each_strict
+@each_chunking
+@pytest.mark.parametrize("kind", ["softmax", "four_levels", "growing", "all_equal"])
+def test_a_long_sequence_after_a_prior(kind, chunking, strict):
+    """The prior stays in place however often the recent tokens are merged, and takes none of their room."""
+    B, T, E, k, n = 2, 231, 6, 2, 90
+    scores, prior = make_scores(kind, B, T, E), usual(kind, n * 3)
+    cache = ExpertCache(B, T, k, E, strict=strict, prior=prior)
+    mask = feed(cache, scores, CHUNKINGS[chunking](T))
+    assert same(mask, ref_online_seqtopk(scores, k, strict=strict, prior=(n, prior)))
+
+
+@each_strict
+@each_chunking
+@each_kind
+def test_the_discount_cache_is_online_seqtopk_discount(kind, chunking, strict):
+    """Fed in any chunks, before and after it is reset, it gives the mask of online_seqtopk_discount."""
+    c = draw(kind, len(chunking), budget=2_000)
+    B, T, E = c.scores.shape
+    cache = DiscountCache(B, T, c.k, E, strict=strict)
+    want = online_seqtopk_discount(c.scores, c.k, strict)
+    for _ in range(2):
+        assert same(feed(cache, c.scores, CHUNKINGS[chunking](T)), want)
+        cache.reset()
+
+
 def active_rows(T: int, seed: int) -> Tensor:
     """Bool (7, T): all, none, left padding, finished early, both, holes at random, and one lone token."""
     rng = random.Random(seed)
@@ -506,6 +714,22 @@ def test_inactive_tokens_neither_compete_nor_spend(kind, chunking, strict):
         assert same(feed(cache, noisy, CHUNKINGS[chunking](T), active), want), f"inactive scores: {noise}"
 
 
+@each_strict
+@each_chunking
+def test_inactive_tokens_after_a_prior_and_under_a_discount(chunking, strict):
+    """Inactive tokens change nothing for the others there either, whatever their scores are."""
+    T, E, k, n = 100, 7, 3, 40
+    active = active_rows(T, len(chunking))
+    scores, prior = make_scores("four_levels", len(active), T, E), usual("four_levels", n * 4)
+    noisy, sizes = scores.masked_fill(~active[..., None], float("nan")), CHUNKINGS[chunking](T)
+    cache = ExpertCache(len(active), T, k, E, strict=strict, prior=prior)
+    want = ref_active(scores, active, k, strict=strict, prior=(n, prior))
+    assert same(feed(cache, noisy, sizes, active), want)
+    cache = DiscountCache(len(active), T, k, E, strict=strict)
+    want = ref_active(ref_discount(scores), active, k, max_experts=E, strict=strict)
+    assert same(feed(cache, noisy, sizes, active), want)
+
+
 def test_active_everywhere_is_the_same_as_no_active():
     """active=None means that every token is real, also between chunks that say so and chunks that do not."""
     scores = make_scores("growing", 2, 60, 8)
@@ -530,19 +754,24 @@ def test_reset_makes_the_cache_fresh(strict):
 
 
 @pytest.mark.parametrize("sizes", [[51], [50, 1], [1] * 51, [13, 30, 8]], ids=str)
-def test_more_than_max_tokens_is_refused(sizes):
-    """One token too many is a one-line ValueError with the numbers, and leaves the cache as it was."""
-    scores = make_scores("sigmoid", 2, 51, 6)
-    cache = ExpertCache(2, 50, 2, 6)
+@pytest.mark.parametrize("n", [0, 20, 300])
+def test_more_than_max_tokens_is_refused(sizes, n):
+    """One token too many is a one-line ValueError with the numbers, and leaves the cache as it was.
+
+    The tokens of a prior are not counted.
+    """
+    scores, prior = make_scores("sigmoid", 2, 51, 6), usual("sigmoid", n * 3)
+    cache = ExpertCache(2, 50, 2, 6, prior=prior)
     *fitting, last = scores.split(sizes, 1)
     for chunk in fitting:
         cache.select(chunk)
-    with pytest.raises(ValueError, match=r"\b50\b") as error:
+    seen = sum(sizes[:-1])
+    with pytest.raises(ValueError, match=rf": {seen} tokens seen and {sizes[-1]} new.* 50$") as error:
         cache.select(last)
     assert_one_line(error)
-    room = 50 - sum(sizes[:-1])
-    if room:
-        assert same(cache.select(last[:, :room]), online_seqtopk(scores[:, :50], 2)[:, -room:])
+    if room := 50 - seen:
+        want = online_seqtopk(scores[:, :50], 2, prior=prior)[:, -room:]
+        assert same(cache.select(last[:, :room]), want)
 
 
 def tensors_of(thing: object) -> list[Tensor]:
@@ -639,6 +868,8 @@ def test_the_table_says_what_each_router_is():
         "batchtopk": (False, True, "online_seqtopk"),
         "seqtopk": (False, True, "online_seqtopk"),
         "online_seqtopk": (True, False, "online_seqtopk"),
+        "seqtopk_discount": (False, True, "online_seqtopk_discount"),
+        "online_seqtopk_discount": (True, False, "online_seqtopk_discount"),
         "expert_choice": (False, True, "topk"),
         "top_p": (True, False, "top_p"),
         "expert_threshold": (True, False, "expert_threshold"),
@@ -793,7 +1024,14 @@ BOUNDED = {
     "online_seqtopk": online_seqtopk,
     "ExpertCache": lambda scores, k, **bounds: ExpertCache(2, 9, k, scores.shape[-1], **bounds),
 }
-UNBOUNDED = {"topk": topk, "expert_choice": expert_choice, "null_experts": null_experts}
+UNBOUNDED = {
+    "topk": topk,
+    "expert_choice": expert_choice,
+    "null_experts": null_experts,
+    "seqtopk_discount": seqtopk_discount,
+    "online_seqtopk_discount": online_seqtopk_discount,
+    "DiscountCache": lambda scores, k: DiscountCache(2, 9, k, scores.shape[-1]),
+}
 
 
 @pytest.mark.parametrize("name", BOUNDED | UNBOUNDED)
