@@ -1250,7 +1250,7 @@ def problem_parts(run: Opened) -> dict[str, Tensor]:
 
 
 def kinds_of_text(pieces: list[str]) -> list[str]:
-    """The kind of each of a text's tokens: one of KINDS, or "" if empty or in a first line cut off at its start."""
+    """The kind of each of a text's tokens: one of KINDS, or "" for nothing and in a first line cut at its start."""
     text, place, kinds = "".join(pieces), 0, []
     for piece in pieces:
         at = place + len(piece) - len(piece.lstrip(" "))
@@ -1312,7 +1312,7 @@ def bench_length(bench: Bench) -> list[dict]:
 
 def longer(shared: dict, usual: int, T: int) -> dict[str, int]:
     """Settings for sequences of T tokens in place of the usual ones, and as many tokens in all."""
-    if T == usual:
+    if usual == T:
         return {}
     batch_size = max(1, shared["batch_size"] * usual // T)
     iters = shared["max_iters"] * shared["batch_size"] * usual // (batch_size * T)
