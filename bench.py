@@ -1250,7 +1250,7 @@ def problem_parts(run: Opened) -> dict[str, Tensor]:
 
 
 def kinds_of_text(pieces: list[str]) -> list[str]:
-    """The kind of each of a text's tokens: one of KINDS, or "" for nothing and in a first line cut at its start."""
+    """The kind of each of a text's tokens: one of KINDS; "" if it is empty, or in a line cut at its start."""
     text, place, kinds = "".join(pieces), 0, []
     for piece in pieces:
         at = place + len(piece) - len(piece.lstrip(" "))
