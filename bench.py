@@ -33,7 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -103,7 +103,7 @@ class BenchConfig:
     n_embd: int | None = None  # model width
     n_hidden: int | None = None  # hidden width of one expert
     n_expert: int | None = None  # experts per layer
-    k: int | None = None  # experts per token on average; arithmetic, gsm8k: instead of the model's own
+    k: int | None = None  # experts per token on average; none: the model's or the config's own
     effort: float = 1.0  # 2 measures twice as long, 0 for five rounds
     init_from: str | None = None  # arithmetic, gsm8k, switch: a run, a checkpoint, or a Hugging Face model
     out_dir: str | None = None  # the same, for a run (none of both: the run of config/NAME.py for that task)
@@ -114,7 +114,7 @@ class BenchConfig:
     text: str | None = None  # switch: file with the text
     config: str = "config/quality.py"  # quality: settings of train.py that all runs share
     routers: str = ",".join(PLAIN)  # quality: what to compare; the first is what others are compared to
-    ks: str | None = None  # quality: values of k, each compared for itself (none: k, or 2)
+    ks: str | None = None  # quality: values of k, each compared for itself (none: k)
     seeds: int | None = None  # quality: runs of each kind, beginning with `seed` (none: 3, quick 2)
     quick: bool = False  # quality: a quarter of the iterations, for a look in minutes
     budget: float | None = None  # quality: minutes after which no other run begins; the next call goes on
@@ -946,18 +946,27 @@ def trained(bench: Bench, arms: list[Arm]) -> Iterator[tuple[Arm, int, Path]]:
             tqdm.write(f"missing: {arm.name}, seed {seed}")
 
 
-def shared_settings(config: BenchConfig) -> dict[str, object]:
-    """What the config file says."""
+def file_settings(config: BenchConfig) -> dict[str, object]:
     return {key: value for key, value in runpy.run_path(config.config).items() if not key.startswith("_")}
 
 
+def shared_settings(config: BenchConfig) -> dict[str, object]:
+    """What the config file says, and the defaults of the model. Raises ValueError if sizes are missing."""
+    settings = asdict(MoEConfig()) | file_settings(config)
+    for key in ("max_iters", "batch_size"):
+        require(
+            key in settings, f"{key} in {config.config}", "not said", "said there, for the runs to share it"
+        )
+    return settings
+
+
 def k_of(bench: Bench) -> int:
-    return bench.config.k or MoEConfig.k
+    return bench.config.k or shared_settings(bench.config)["k"]
 
 
 def run_settings(config: BenchConfig, arm: Arm, seed: int) -> dict[str, object]:
     """All settings of an arm's run that are not defaults of train.py."""
-    settings = shared_settings(config) | arm.settings
+    settings = file_settings(config) | arm.settings
     if config.quick:
         settings |= {key: max(1, settings[key] // QUICK) for key in QUICKENED if key in settings}
     if arm.after:  # the batches of the first run shall not come again
@@ -1290,10 +1299,7 @@ def bench_length(bench: Bench) -> list[dict]:
     under online SeqTopK less that under SeqTopK, of the same weights and tokens.
     """
     k, shared = k_of(bench), shared_settings(bench.config)
-    usual = shared.get("block_size", MoEConfig.block_size)
-    arms = [
-        replace(router_arms(["seqtopk"], k, **longer(shared, usual, T))[0], name=f"T={T}") for T in LENGTHS
-    ]
+    arms = [replace(router_arms(["seqtopk"], k, **longer(shared, T))[0], name=f"T={T}") for T in LENGTHS]
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
         run = open_run(bench, folder)
@@ -1310,13 +1316,14 @@ def bench_length(bench: Bench) -> list[dict]:
     return judged(bench, arms, judge)
 
 
-def longer(shared: dict, usual: int, T: int) -> dict[str, int]:
-    """Settings for sequences of T tokens in place of the usual ones, and as many tokens in all."""
-    if usual == T:
+def longer(shared: dict, T: int) -> dict[str, int]:
+    """Settings for sequences of T tokens in place of those that are shared, and as many tokens in all."""
+    if shared["block_size"] == T:
         return {}
-    batch_size = max(1, shared["batch_size"] * usual // T)
-    iters = shared["max_iters"] * shared["batch_size"] * usual // (batch_size * T)
-    return {"block_size": T, "batch_size": batch_size, "max_iters": iters}
+    per_step = shared["batch_size"] * shared["block_size"]
+    batch_size = max(1, per_step // T)
+    max_iters = shared["max_iters"] * per_step // (batch_size * T)
+    return {"block_size": T, "batch_size": batch_size, "max_iters": max_iters}
 
 
 def bench_long(bench: Bench) -> list[dict]:
