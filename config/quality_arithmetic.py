@@ -3,5 +3,6 @@ from config.arithmetic_topk import *
 
 n_expert = 32
 n_hidden = 64
-max_iters = 800
+batch_size = 4
+max_iters = 800  # too few to solve many problems, enough to see which tokens are hard
 eval_interval = 160
