@@ -1195,7 +1195,7 @@ def bench_difficulty(bench: Bench) -> list[dict]:
         figures["curve"] = experts_by_entropy(mean_experts, entropy)
         yield f"{arm.name}, all tokens", "", figures
         kinds = (problem_parts if run.dataset.folder.name == "arithmetic" else frequent_tokens)(run)
-        for kind, chosen in kinds.items():
+        for kind, chosen in ((kind, chosen) for kind, chosen in kinds.items() if chosen.any()):
             figures = {"tokens": chosen.sum().item(), "experts per token": mean_experts[chosen].mean().item()}
             yield f"{arm.name}, {kind}", "", figures | {"nats": loss[chosen].mean().item()}
 
@@ -1208,12 +1208,12 @@ def bench_difficulty(bench: Bench) -> list[dict]:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two tensors of one shape, equal values with the mean of their ranks."""
+    """Rank correlation of two tensors of one shape, ties with the mean of their ranks; 0 if all tie."""
     ranks = []
     for values in (a, b):
         _, place, count = values.flatten().unique(return_inverse=True, return_counts=True)
         ranks.append((count.cumsum(0) - (count - 1) / 2)[place])
-    return torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
+    return torch.corrcoef(torch.stack(ranks).double())[0, 1].nan_to_num().item()
 
 
 def experts_by_entropy(experts: Tensor, entropy: Tensor) -> dict[str, list[float]]:
@@ -1246,7 +1246,7 @@ def problem_parts(run: Opened) -> dict[str, Tensor]:
 
 
 def kinds_of_text(pieces: list[str]) -> list[str]:
-    """The kind of each of a text's tokens: one of KINDS, or "" if empty or in a first line cut off at its start."""
+    """The kind of each of a text's tokens: one of KINDS, "" if empty or in a first line without its start."""
     text, place, kinds = "".join(pieces), 0, []
     for piece in pieces:
         at = place + len(piece) - len(piece.lstrip(" "))
