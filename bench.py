@@ -77,7 +77,6 @@ PLACES = (16, 64, 256, 1024, 2048)  # ends of ranges of positions
 PRIORS = (0, 1, 4, 16, 64, 256, 4096)  # tokens
 USUAL_TOKENS = 2**14  # of the training text that tell how a trained model routes
 EXTREMES = 8  # words with the most experts, and as many with the fewest
-PER_EXPERT = ("gate.weight", "w_in", "w_out", "bias")  # what a layer has a row of for each expert
 OTHER_BATCHES = 1000  # from the seed of a run to that of another that goes on with its weights
 INIT_STD = 0.02  # of the model's random weights
 HEAVY = {"n_layer": 4, "n_head": 8, "n_embd": 1024, "n_hidden": 512, "n_expert": 64, "k": 8}
@@ -1421,18 +1420,19 @@ def bench_prune(bench: Bench) -> list[dict]:
 
 @torch.no_grad()
 def without_least_used(bench: Bench, run: Opened) -> MoEGPT:
-    """The model with the three quarters of each layer's experts that most tokens go to."""
-    T, model = run.batches[0][0].shape[1], run.model
+    """The model with the three quarters of each layer's experts that most tokens go to.
+
+    A score stays the share that it was among all experts: without the dropped ones in it, every weight would
+    grow. Raises ValueError if fewer than k experts are kept.
+    """
+    T, model = run.batches[0][0].shape[1], copy.deepcopy(run.model)
+    k, kept = model.config.k, model.config.n_expert * 3 // 4
+    require(k <= kept, "k", k, f"at most {kept}, the experts that are kept")
     x, _ = run.dataset.train_batch(0, USUAL_TOKENS // T, T, bench.config.seed)
     load = model(x.to(bench.device), router=run.decode)[2].load  # (L, E)
-    smaller = MoEGPT(replace(model.config, n_expert=model.config.n_expert * 3 // 4))
-    kept = load.argsort(dim=-1, descending=True, stable=True)[:, : smaller.config.n_expert].sort(-1).values
-    whole = model.state_dict()
-    layers = (name for name, module in model.named_modules() if isinstance(module, MoE))
-    for (layer, experts), part in itertools.product(zip(layers, kept, strict=True), PER_EXPERT):
-        whole[f"{layer}.{part}"] = whole[f"{layer}.{part}"][experts]
-    smaller.load_state_dict(whole)
-    return smaller.to(bench.device).cast(bench.dtype).eval()
+    for layer, pairs in zip(model.expert_layers(), load, strict=True):
+        layer.bias[pairs.argsort(descending=True, stable=True)[kept:]] = -torch.inf  # never chosen
+    return model
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
