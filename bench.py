@@ -1373,7 +1373,8 @@ def bench_gap(bench: Bench) -> list[dict]:
         scores = usual_scores(bench, run)
         for n in PRIORS:
             for layer, found in zip(run.model.expert_layers(), scores, strict=True):
-                layer.prior = pseudo_candidates(found, layer.config.k, n)
+                bounds = layer.config.min_experts, layer.config.max_experts
+                layer.prior = pseudo_candidates(found, layer.config.k, n, *bounds)
             figures = loss_figures(bench, run, "online_seqtopk")
             figures["gap"] = figures["nats"] - globally
             yield f"{arm.name}, n0={n}", f"{arm.name}, n0=0", figures
