@@ -77,7 +77,6 @@ PLACES = (16, 64, 256, 1024, 2048)  # ends of ranges of positions
 PRIORS = (0, 1, 4, 16, 64, 256, 4096)  # tokens
 USUAL_TOKENS = 2**14  # of the training text that tell how a trained model routes
 EXTREMES = 8  # words with the most experts, and as many with the fewest
-PER_EXPERT = ("gate.weight", "w_in", "w_out", "bias")  # what a layer has a row of for each expert
 OTHER_BATCHES = 1000  # from the seed of a run to that of another that goes on with its weights
 INIT_STD = 0.02  # of the model's random weights
 HEAVY = {"n_layer": 4, "n_head": 8, "n_embd": 1024, "n_hidden": 512, "n_expert": 64, "k": 8}
@@ -1208,7 +1207,7 @@ def bench_difficulty(bench: Bench) -> list[dict]:
         figures["curve"] = experts_by_entropy(mean_experts, entropy)
         yield f"{arm.name}, all tokens", "", figures
         kinds = (problem_parts if run.dataset.folder.name == "arithmetic" else frequent_tokens)(run)
-        for kind, chosen in kinds.items():
+        for kind, chosen in ((kind, chosen) for kind, chosen in kinds.items() if chosen.any()):
             figures = {"tokens": chosen.sum().item(), "experts per token": mean_experts[chosen].mean().item()}
             yield f"{arm.name}, {kind}", "", figures | {"nats": loss[chosen].mean().item()}
 
@@ -1221,12 +1220,12 @@ def bench_difficulty(bench: Bench) -> list[dict]:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two tensors of one shape, equal values with the mean of their ranks."""
+    """Rank correlation of two tensors of one shape, ties with the mean of their ranks; 0 if all tie."""
     ranks = []
     for values in (a, b):
         _, place, count = values.flatten().unique(return_inverse=True, return_counts=True)
         ranks.append((count.cumsum(0) - (count - 1) / 2)[place])
-    return torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
+    return torch.corrcoef(torch.stack(ranks).double())[0, 1].nan_to_num().item()
 
 
 def experts_by_entropy(experts: Tensor, entropy: Tensor) -> dict[str, list[float]]:
@@ -1259,7 +1258,7 @@ def problem_parts(run: Opened) -> dict[str, Tensor]:
 
 
 def kinds_of_text(pieces: list[str]) -> list[str]:
-    """The kind of each of a text's tokens: one of KINDS; "" if it is empty, or in a line cut at its start."""
+    """The kind of each of a text's tokens: one of KINDS, "" if empty or in a first line without its start."""
     text, place, kinds = "".join(pieces), 0, []
     for piece in pieces:
         at = place + len(piece) - len(piece.lstrip(" "))
@@ -1395,7 +1394,8 @@ def bench_gap(bench: Bench) -> list[dict]:
         scores = usual_scores(bench, run)
         for n in PRIORS:
             for layer, found in zip(run.model.expert_layers(), scores, strict=True):
-                layer.prior = pseudo_candidates(found, layer.config.k, n)
+                bounds = layer.config.min_experts, layer.config.max_experts
+                layer.prior = pseudo_candidates(found, layer.config.k, n, *bounds)
             figures = loss_figures(bench, run, "online_seqtopk")
             figures["gap"] = figures["nats"] - globally
             yield f"{arm.name}, n0={n}", f"{arm.name}, n0=0", figures
@@ -1446,17 +1446,18 @@ def bench_prune(bench: Bench) -> list[dict]:
 
 @torch.no_grad()
 def without_least_used(bench: Bench, run: Opened) -> MoEGPT:
-    """The model with the three quarters of each layer's experts that most tokens go to."""
-    model = run.model
+    """The model with the three quarters of each layer's experts that most tokens go to.
+
+    A score stays the share that it was among all experts: without the dropped ones in it, every weight would
+    grow. Raises ValueError if fewer than k experts are kept.
+    """
+    model = copy.deepcopy(run.model)
+    k, kept = model.config.k, model.config.n_expert * 3 // 4
+    require(k <= kept, "k", k, f"at most {kept}, the experts that are kept")
     load = sum(model(x, router=run.decode)[2].load for x in usual_text(bench, run))  # (L, E)
-    smaller = MoEGPT(replace(model.config, n_expert=model.config.n_expert * 3 // 4))
-    kept = load.argsort(dim=-1, descending=True, stable=True)[:, : smaller.config.n_expert].sort(-1).values
-    whole = model.state_dict()
-    layers = (name for name, module in model.named_modules() if isinstance(module, MoE))
-    for (layer, experts), part in itertools.product(zip(layers, kept, strict=True), PER_EXPERT):
-        whole[f"{layer}.{part}"] = whole[f"{layer}.{part}"][experts]
-    smaller.load_state_dict(whole)
-    return smaller.to(bench.device).cast(bench.dtype).eval()
+    for layer, pairs in zip(model.expert_layers(), load, strict=True):
+        layer.bias[pairs.argsort(descending=True, stable=True)[kept:]] = -torch.inf  # never chosen
+    return model
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> list[float]:

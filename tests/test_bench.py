@@ -2,6 +2,11 @@
 
 import importlib.util
 import json
+import math
+import random
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +15,13 @@ import torch
 import bench
 import config.device
 import data
-from bench import Bench, BenchConfig
-from config import bad_input_exits
-from model import MoEConfig, MoEGPT, save_checkpoint
+import train
+from bench import Arm, Bench, BenchConfig
+from config import bad_input_exits, parse
+from data.arithmetic.prepare import SPLIT, document
+from data.arithmetic.problems import make_problem
+from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
+from router import ROUTERS
 
 SIZES = {"n_embd": 16, "n_hidden": 8, "n_expert": 8, "k": 2, "n_head": 2, "n_layer": 2, "vocab_size": 64}
 TOY = [f"--{key}={value}" for key, value in SIZES.items()]
@@ -384,3 +393,479 @@ def test_means_have_the_error_of_the_mean():
     base = {1: {"nats": 1.0}, 2: {"nats": 2.0}}
     row = bench.quality_row("x", runs, base)
     assert row["nats"][0] == 5 and row["nats, to base"] == [1.5, 0.5]  # the pairs of seeds 1 and 2 only
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- claims
+
+CLAIMS = """
+dataset = {dataset!r}
+n_layer, n_head, n_embd, n_hidden, n_expert, k = 2, 2, 16, 8, 12, 2
+block_size, batch_size, max_iters, warmup_iters, eval_windows, log_interval = 32, 4, 10, 0, 40, 1
+learning_rate = 0.05
+device = "cpu"
+"""
+TOYS = {
+    "TUNING": {"max_iters": 2, "warmup_iters": 1, "learning_rate": 0.01},
+    "LENGTHS": (8, 32),
+    "PLACES": (4, 8, 32),
+    "PRIORS": (0, 1, 64),
+    "USUAL_TOKENS": 256,
+}
+
+
+def problem_documents(n):
+    rng = random.Random(0)
+    return [document(make_problem(rng, 1 + i % 5)) for i in range(n)]
+
+
+def train_here(command, stdout, stderr):
+    """What the command would do in a process of its own: python train.py ..."""
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            train.main(command[2:])
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def claims(tmp_path_factory):
+    """Rows of a part (each computed once), with a toy config: two seeds, runs shared by the parts."""
+    folder = tmp_path_factory.mktemp("claims")
+    docs = problem_documents(60)
+    tokenizer = data.train_bpe(docs, 300, "arithmetic", SPLIT)
+    data.write_dataset(folder / "arithmetic", docs[:30], docs[30:], tokenizer, "0" * 64)
+    (folder / "config.py").write_text(CLAIMS.format(dataset=str(folder / "arithmetic")))
+    settings = BenchConfig(config=str(folder / "config.py"), device="cpu", dtype="float32", seeds=2, k=2)
+    rows = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "RUNS", folder / "runs")
+        patch.setattr(bench.subprocess, "call", train_here)
+        patch.setattr(train, "estimate", lambda run: "soon")
+        for name, value in TOYS.items():
+            patch.setattr(bench, name, value)
+
+        def claims(part):
+            if part not in rows:
+                found = bench.PARTS[part](claims.bench)
+                json.dumps(found, allow_nan=False)
+                rows[part] = {row["what"]: row for row in found}
+                assert len(rows[part]) == len(found)
+            return rows[part]
+
+        claims.bench, claims.folder, claims.docs = bench.make_bench(settings), folder, docs
+        yield claims
+
+
+def opened(claims, router, **changes):
+    """The first run under a router, with k=2."""
+    arm = bench.router_arms([router], 2)[0]
+    ((_, _, folder),) = bench.trained(replace_config(claims.bench, seeds=1), [arm])
+    return bench.open_run(claims.bench, folder, **changes)
+
+
+def replace_config(measure, **changes):
+    return replace(measure, config=replace(measure.config, **changes))
+
+
+QUARTERS = [f"{kind}, quarter {i}" for kind in ("written", "read") for i in (1, 2, 3, 4)]
+KINDS = [f"{kind}, {how}" for kind in bench.KINDS for how in ("read", "predicted")]
+BOUNDS = [f"max_experts={bound}" for bound in (3, 5, 6, 12)]
+SEQTOPKS = ("seqtopk", "online_seqtopk")
+BOTH = [f"{router}, k=2" for router in SEQTOPKS]
+ROWS = {  # row -> what it is compared to
+    "sparsity": {f"{r}, k={k}": f"topk, k={k}" for k in (8, 4, 2) for r in ("topk", "seqtopk")},
+    "finetune": {
+        "topk, k=2, then topk": None,
+        "topk, k=2, then online_seqtopk": "topk, k=2, then topk",
+        **{
+            f"topk, k=2, 100 more of {router}": "topk, k=2, 100 more of topk"
+            for router in ("topk", "seqtopk", "online_seqtopk")
+        },
+    },
+    "online": dict.fromkeys(("topk, k=2", *BOTH, "seqtopk, the last tenth online, k=2"), "topk, k=2"),
+    "bounds": {
+        "seqtopk, k=2": None,
+        **{f"seqtopk, k=2, {bound}": "seqtopk, k=2" for bound in (*BOUNDS, "min_experts=0")},
+        "online_seqtopk, k=2": "seqtopk, k=2",
+        "online_seqtopk, k=2, strict=false": "online_seqtopk, k=2",
+        "seqtopk, k=2, decoded with strict=true": None,
+        "seqtopk, k=2, decoded with strict=false": "seqtopk, k=2, decoded with strict=true",
+    },
+    "batches": {
+        f"{router}, k=2, {rest}": f"{router}, k=2, 1 sequences"
+        for router in ("seqtopk", "batchtopk")
+        for rest in (*(f"{n} sequences" for n in (1, 4, 16, 64)), "online")
+    },
+    "difficulty": {f"{arm}, {rest}": None for arm in BOTH for rest in ("all tokens", *KINDS)},
+    "length": dict.fromkeys(
+        ["T=8", "T=8, tokens 1 to 4", "T=8, tokens 5 to 8"]
+        + ["T=32", "T=32, tokens 1 to 4", "T=32, tokens 5 to 8", "T=32, tokens 9 to 32"]
+    ),
+    "long": {
+        f"{arm}, {how}, {q}": None for arm in BOTH for how in ("strict", "not strict") for q in QUARTERS
+    },
+    "shared": {
+        f"{router}, k=2{beside}": f"topk, k=2{beside}"
+        for beside in ("", ", shared_hidden=8")
+        for router in ("topk", "seqtopk")
+    },
+    "gap": {
+        **{f"seqtopk, k=2, n0={n}": "seqtopk, k=2, n0=0" for n in (0, 1, 64)},
+        **{
+            f"{BOTH[0]}, 100 more of {r}": f"{BOTH[0]}, 100 more of seqtopk"
+            for r in ("seqtopk", "online_seqtopk")
+        },
+    },
+    "discount": {
+        "seqtopk, k=2": None,
+        **{f"seqtopk, k=2, {bound}": "seqtopk, k=2" for bound in BOUNDS},
+        "seqtopk_discount, k=2": "seqtopk, k=2",
+    },
+    "prune": {
+        f"{router}, k={k}{rest}": f"{router}, k={k}"
+        for k in (8, 2)
+        for router in ("topk", "seqtopk")
+        for rest in ("", ", a quarter dropped")
+    },
+}
+
+
+@pytest.mark.parametrize("part", ROWS)
+def test_a_claim_has_the_rows_it_promises(claims, part):
+    """Each row is a mean over both seeds, and its difference is that to the row that is its base."""
+    rows = claims(part)
+    assert sorted(rows) == sorted(ROWS[part])
+    for name, base in ROWS[part].items():
+        row = rows[name]
+        assert row["runs"] == 2 and row["experts per token" if "gap" not in row else "gap"][1] is not None
+        if base in (None, name):
+            assert "nats, to base" not in row
+        else:
+            gain = row["nats"][0] - rows[base]["nats"][0]
+            assert row["nats, to base"][0] == pytest.approx(gain, abs=1e-6)
+
+
+def test_the_claims_agree_on_the_same_runs(claims):
+    """A run's loss is what train.py logged, whichever part looks at it."""
+    trained = {router: claims("online")[f"{router}, k=2"] for router in ("topk", *SEQTOPKS)}
+    for router, part, name in (
+        ("topk", "finetune", "topk, k=2, then topk"),
+        ("topk", "prune", "topk, k=2"),
+        ("seqtopk", "prune", "seqtopk, k=2"),
+        ("seqtopk", "bounds", "seqtopk, k=2, decoded with strict=true"),
+        ("seqtopk", "batches", "seqtopk, k=2, online"),
+        ("seqtopk", "gap", "seqtopk, k=2, n0=0"),
+        ("seqtopk", "difficulty", "seqtopk, k=2, all tokens"),
+        ("online_seqtopk", "difficulty", "online_seqtopk, k=2, all tokens"),
+    ):
+        row = claims(part)[name]
+        for key in ("nats", "experts per token"):
+            assert row[key] == pytest.approx(trained[router][key], rel=1e-4), (part, name, key)
+    assert claims("gap")["seqtopk, k=2, n0=0"]["gap"] == pytest.approx(trained["seqtopk"]["leak"], abs=1e-5)
+    one = claims("batches")["seqtopk, k=2, 1 sequences"]["nats"]
+    assert one == pytest.approx(trained["seqtopk"]["as trained"], rel=1e-5)
+
+
+def test_batches_change_batchtopk_alone(claims):
+    """SeqTopK does not mind how many sequences there are, BatchTopK does; both spend all."""
+    rows = claims("batches")
+    for router, moves in (("seqtopk", False), ("batchtopk", True)):
+        found = [rows[f"{router}, k=2, {n} sequences"] for n in (1, 4, 16, 64)]
+        assert all(row["experts per token"][0] == pytest.approx(2) for row in found)
+        losses = [row["nats"][0] for row in found]
+        assert (max(losses) - min(losses) > 1e-5) == moves
+
+
+def test_length_splits_its_gap_by_position(claims):
+    """The rows of a length are means over its positions: together they are the row of all."""
+    rows = claims("length")
+    for T, places in ((8, (0, 4, 8)), (32, (0, 4, 8, 32))):
+        for key in ("nats", "gap"):
+            parts = [rows[f"T={T}, tokens {a + 1} to {b}"][key][0] * (b - a) for a, b in pairwise(places)]
+            assert sum(parts) / T == pytest.approx(rows[f"T={T}"][key][0], abs=1e-6)
+        curve = rows[f"T={T}"]["curves"][0]
+        assert curve["position"] == [4, 8, 16, 32][: 2 if T == 8 else 4]
+        assert len(curve["gap"]) == len(curve["position"]) and any(curve["gap"])
+
+
+def test_long_texts_spend_what_their_quarters_say(claims):
+    """ "spent" is the mean of the quarters so far over K; a strict budget never exceeds it."""
+    rows = claims("long")
+    for name in (name for name in rows if name.endswith("quarter 1")):
+        quarters = [rows[name[:-1] + str(i)] for i in (1, 2, 3, 4)]
+        experts = [row["experts per token"][0] for row in quarters]
+        for i, row in enumerate(quarters, start=1):
+            assert row["spent"][0] == pytest.approx(sum(experts[:i]) / i / 2)
+            assert row["spent"][0] <= 1 + 1e-6 or "not strict" in name
+
+
+def test_difficulty_counts_the_tokens_of_each_kind(claims):
+    """Every known token is read as one kind; what is predicted at a position is what is read at the next."""
+    run = opened(claims, "seqtopk")
+    masks = bench.problem_parts(run)
+    assert list(masks) == KINDS
+    windows = torch.cat([x for x, _ in run.batches])
+    read = torch.stack([masks[f"{kind}, read"] for kind in bench.KINDS])
+    assert read.shape[1:] == windows.shape and read.sum(0).max() == 1
+    assert not read[:, windows == run.dataset.tokenizer.eot].any()
+    for kind in bench.KINDS:
+        read, predicted = masks[f"{kind}, read"], masks[f"{kind}, predicted"]
+        assert torch.equal(predicted[:, :-1], read[:, 1:]) and not predicted[:, -1].any()
+        row = claims("difficulty")[f"seqtopk, k=2, {kind}, read"]
+        assert row["tokens"][0] == read.sum() > 0
+    windows.fill_(run.dataset.tokenizer.eot)  # no kind occurs
+    assert not any(
+        mask.any() for mask in bench.problem_parts(run._replace(batches=[(windows, None)])).values()
+    )
+    all_tokens = claims("difficulty")["seqtopk, k=2, all tokens"]
+    assert -1 <= all_tokens["rho loss"][0] <= 1 and -1 <= all_tokens["rho entropy"][0] <= 1
+    assert len(all_tokens["curves"]) == 2 and len(all_tokens["curves"][0]["experts"]) == 20
+
+
+def test_questions_after_the_first_problem_are_questions(claims):
+    """A whole window of several problems: the kinds of a problem's tokens are the same wherever it stands."""
+    tokenizer = data.make_tokenizer(data.load(str(claims.folder / "arithmetic")).meta["tokenizer"])
+    ids = [[*tokenizer.encode(text), tokenizer.eot] for text in claims.docs[:3]]
+    windows = [torch.tensor([[i for one in ids for i in one]]), *(torch.tensor([one]) for one in ids)]
+    kinds = []
+    for window in windows:
+        run = SimpleNamespace(batches=[(window, None)], dataset=SimpleNamespace(tokenizer=tokenizer))
+        masks = bench.problem_parts(run)
+        kinds.append(torch.stack([masks[f"{kind}, read"][0] for kind in bench.KINDS]))
+    assert torch.equal(kinds[0], torch.cat(kinds[1:], dim=1))
+    assert kinds[0].sum(0).tolist() == [int(i != tokenizer.eot) for i in windows[0][0].tolist()]
+
+
+PIECES = [  # of a problem, and their kinds: q, n of the question; w, c, r, f of the answer
+    ("Question:", "q"), (" Tom", "q"), (" has", "q"), (" ", "n"), ("1", "n"), ("2", "n"), (" marbles.", "q"),
+    (" Ida", "q"), (" gives", "q"), (" ", "n"), ("7", "n"), (".", "q"), ("\n", "q"),
+    ("Answer:", "w"), (" At", "w"), (" first:", "w"), (" ", "c"), ("1", "c"), ("2", "c"), (" marbles.", "w"),
+    ("\n", "w"), ("Ida:", "w"), (" ", "c"), ("1", "c"), ("2", "c"), (" +", "w"), (" ", "c"), ("7", "c"),
+    (" =", "w"), (" ", "r"), ("1", "r"), ("9", "r"), (" marbles.", "w"), ("\n", "w"),
+    ("##", "w"), ("##", "w"), (" ", "f"), ("1", "f"), ("9", "f"), ("\n", "w"),
+]  # fmt: skip
+
+
+def test_kinds_of_text_by_hand():
+    """Each token has the kind of its first character that is no space, by the line that it is in."""
+    names = dict(zip("qnwcrf", bench.KINDS, strict=True))
+    pieces, letters = zip(*PIECES)
+    want = [names[letter] for letter in letters]
+    assert bench.kinds_of_text(list(pieces)) == want
+    assert bench.kinds_of_text([*pieces, "", *pieces]) == [*want, "", *want]
+    assert bench.kinds_of_text(list(pieces[1:])) == [""] * 12 + want[13:]  # its first line has no beginning
+    assert bench.kinds_of_text(list(pieces[13:])) == want[13:]  # "Answer:" is a beginning too
+    assert bench.kinds_of_text(list("Question: 5\n")) == [names["q"]] * 9 + [names["n"]] * 2 + [names["q"]]
+
+
+def test_kinds_of_a_generated_problem(claims):
+    """Digits are of the question, after "=", after "####" or copied; all else is words."""
+    question, answer = bench.KINDS[0], bench.KINDS[2]
+    for text in claims.docs[:20]:
+        kinds = iter(bench.kinds_of_text(list(text)))
+        for line in text.splitlines(keepends=True):
+            asks, final, equals = line.startswith("Question"), line.startswith("####"), line.find("=")
+            for n, character in enumerate(line):
+                kind = next(kinds)
+                if character.isdigit():
+                    said = [asks, final, 0 <= equals < n, True]
+                    assert kind == bench.KINDS[(1, 5, 4, 3)[said.index(True)]]
+                elif character != " ":
+                    assert kind == (question if asks else answer)
+        assert next(kinds, None) is None
+
+
+def ranks(values):
+    """From 1; equal values get the mean of their places."""
+    return [
+        mean_of([place for place, other in enumerate(sorted(values), start=1) if other == value])
+        for value in values
+    ]
+
+
+def mean_of(values):
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 10, 1000])
+def test_spearman_is_the_correlation_of_ranks(levels):
+    """Pearson's correlation of the ranks, which ties share; 1 or -1 for what rises or falls with it."""
+    g = torch.Generator().manual_seed(levels)
+    a, b = (torch.randint(levels, (5, 12), generator=g).float() for _ in range(2))
+    x, y = ranks(a.flatten().tolist()), ranks((b := a + b).flatten().tolist())
+    dx, dy = [v - mean_of(x) for v in x], [v - mean_of(y) for v in y]
+    want = sum(p * q for p, q in zip(dx, dy)) / math.sqrt(sum(p * p for p in dx) * sum(q * q for q in dy))
+    assert bench.spearman(a, b) == pytest.approx(want)
+    assert bench.spearman(a, a**3) == pytest.approx(1) and bench.spearman(a, -a) == pytest.approx(-1)
+    by_hand = bench.spearman(torch.tensor([1.0, 2, 2, 9]), torch.tensor([1.0, 3, 2, 4]))
+    assert bench.spearman(a, torch.ones_like(a)) == 0  # nothing varies: neither rises nor falls
+    assert by_hand == pytest.approx(4.5 / math.sqrt(4.5 * 5))  # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4
+
+
+def test_experts_by_entropy_are_means_of_equal_shares():
+    entropy = torch.randperm(60).view(3, 20).float()
+    found = bench.experts_by_entropy(100 - entropy, entropy)
+    assert found["entropy"] == [3 * i + 1 for i in range(20)]
+    assert found["experts"] == [99 - 3 * i for i in range(20)]
+
+
+def test_by_position_by_hand():
+    """Means up to 4, 8, 16 ...; positions beyond the last power of two are left out."""
+    assert bench.by_position(torch.arange(20.0)) == {"position": [4, 8, 16], "gap": [1.5, 5.5, 11.5]}
+    assert bench.by_position(torch.arange(8.0)) == {"position": [4, 8], "gap": [1.5, 5.5]}
+
+
+def test_by_token_is_the_loss_token_by_token(claims):
+    """The means of by_token are text_loss's; entropy and experts are those of the model's own forward."""
+    run = opened(claims, "seqtopk")
+    for router in ("topk", "seqtopk", "online_seqtopk"):
+        loss, entropy, experts = bench.by_token(claims.bench, run, router)
+        nats, _, per_token = bench.text_loss(
+            claims.bench, run.model, run.dataset.tokenizer, run.batches, router
+        )
+        assert loss.mean().item() == pytest.approx(nats, rel=1e-5)
+        assert experts.float().mean().item() == pytest.approx(per_token, rel=1e-5)
+    assert loss.shape == entropy.shape == experts.shape[:2] == (40, 32) and experts.shape[2] == 2
+    x, y = run.batches[1]
+    logits, _, stats = run.model(x, router="online_seqtopk")
+    share = logits.softmax(-1).double()
+    torch.testing.assert_close(
+        loss[4:8].double(), -share.gather(-1, y[..., None])[..., 0].log(), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(entropy[4:8].double(), -(share * share.log()).sum(-1), atol=1e-4, rtol=0)
+    assert torch.equal(experts[4:8], stats.experts.permute(1, 2, 0))
+
+
+def test_a_run_opens_changed(claims):
+    """open_run gives the last checkpoint, its validation windows, and a config with the changes."""
+    run, loose = opened(claims, "seqtopk"), opened(claims, "seqtopk", strict=False)
+    assert run.model.config.strict and not loose.model.config.strict and run.decode == "online_seqtopk"
+    assert not run.model.training
+    for a, b in zip(run.model.parameters(), loose.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.cat([x for x, _ in run.batches]).shape == (40, 32)
+    short = opened(claims, "seqtopk", block_size=8)
+    assert short.model.config.block_size == 8 and short.batches[0][0].shape == (4, 8)
+
+
+def usual_text(claims, run):
+    """What the use of experts is counted in."""
+    return run.dataset.train_batch(0, 8, 32, claims.bench.config.seed)[0]
+
+
+def test_experts_without_a_token_are_dropped_for_nothing(claims):
+    """Dropping experts that no token uses leaves the logits as they are."""
+    run = opened(claims, "seqtopk")
+    x, bias = usual_text(claims, run), torch.zeros(12).index_fill_(0, torch.tensor([1, 5, 11]), -100.0)
+    for layer in run.model.expert_layers():
+        layer.bias.copy_(bias)
+    smaller = bench.without_least_used(claims.bench, run)
+    assert torch.equal(smaller(x, router=run.decode)[0], run.model(x, router=run.decode)[0])
+    for layer in run.model.expert_layers():
+        assert torch.equal(layer.bias, bias)  # the run's own model stays whole
+
+
+@pytest.mark.parametrize("router", ["topk", "seqtopk"])
+def test_the_least_used_quarter_is_dropped(claims, router):
+    """No token goes to the three of twelve experts that fewest tokens of the training text go to."""
+    run = opened(claims, router)
+    x = usual_text(claims, run)
+    load = run.model(x, router=run.decode)[2].load.tolist()
+    found = bench.without_least_used(claims.bench, run)(x, router=run.decode)[2].load
+    for before, after in zip(load, found, strict=True):
+        dropped = sorted(range(12), key=lambda e: (-before[e], e))[9:]
+        assert not after[dropped].any() and (after > 0).sum() > 3
+
+
+def test_more_experts_per_token_than_are_kept_is_one_line(claims):
+    run = opened(claims, "topk", k=10)
+    with pytest.raises(ValueError, match=r"k is 10, .*\b9\b") as error:
+        bench.without_least_used(claims.bench, run)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# -------- arms and their runs
+
+
+def accepted(config, arm, seed=1):
+    """The settings of an arm's run as train.py understands them."""
+    argv = [bench.command_line(setting) for setting in bench.run_settings(config, arm, seed).items()]
+    return train.TrainConfig(**parse(argv, train.TrainConfig)[0])
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("router", [*ROUTERS, "loss_free"])
+def test_the_recipe_of_each_router_is_accepted(router, quick):
+    """train.py takes the settings with which a router is compared, and they are what its row needs."""
+    settings = BenchConfig(quick=quick)
+    config = accepted(settings, Arm(router, bench.recipe(settings, router) | {"k": 2}, router))
+    assert config.router == {"loss_free": "topk"}.get(router, router) and config.k == 2
+    for key, value in dict(ROUTERS[config.router].needs).items():
+        assert getattr(config, key) == value
+    assert (config.balance_coef == 0) == (router in ("loss_free", "expert_threshold", "remoe"))
+    assert (config.bias_rate > 0) == (router == "loss_free")
+    whole = bench.shared_settings(settings)["max_iters"]
+    assert config.max_iters == (whole // 4 if quick else whole)
+
+
+def test_a_run_has_a_folder_of_its_settings(tmp_path):
+    """Other settings, another seed and --quick have another folder; their order makes none."""
+    settings, one = BenchConfig(), Arm("a", {"router": "seqtopk", "k": 2}, "a")
+    folder = bench.run_folder(settings, one, 1)
+    other = Arm("another name", {"k": 2, "router": "seqtopk"}, "b")
+    assert bench.run_folder(settings, other, 1) == folder
+    more = bench.vary(one, max_experts=3)
+    assert (
+        more.base == "a" and more.name == "a, max_experts=3" and one.settings == {"router": "seqtopk", "k": 2}
+    )
+    folders = {
+        folder,
+        bench.run_folder(settings, one, 2),
+        bench.run_folder(BenchConfig(quick=True), one, 1),
+        bench.run_folder(settings, more, 1),
+        bench.run_folder(settings, replace(one, after=more), 1),
+        bench.run_folder(settings, replace(one, after=other), 1),
+    }
+    assert len(folders) == 6
+    changed = tmp_path / "quality.py"  # the same name, another setting
+    changed.write_text("from config.quality import *\nlearning_rate = 1e-3\n")
+    assert bench.run_folder(BenchConfig(config=str(changed)), one, 1) not in folders
+
+
+def test_an_arm_after_another_goes_on_with_its_weights_and_other_batches(claims):
+    """It starts from the last checkpoint of the same seed, and its seed for the data is another."""
+    base = bench.router_arms(["topk"], 2)[0]
+    after = replace(bench.router_arms(["seqtopk"], 2, max_iters=2)[0], after=base)
+    settings = claims.bench.config
+    said = bench.run_settings(settings, after, 7)
+    assert said["init_from"] == bench.run_folder(settings, base, 7) / "last.pt"
+    assert said["seed"] == 7 + bench.OTHER_BATCHES != bench.run_settings(settings, base, 7)["seed"]
+    still = replace(after, settings=after.settings | {"learning_rate": 1e-30})  # so the weights stay
+    for _, seed, folder in bench.trained(replace_config(claims.bench, seeds=1), [still]):
+        start, end = (
+            load_checkpoint(path)
+            for path in (bench.run_folder(settings, base, seed) / "last.pt", folder / "last.pt")
+        )
+        assert (
+            end["train_config"]["seed"] == seed + bench.OTHER_BATCHES and end["config"]["router"] == "seqtopk"
+        )
+        assert end["step"] == 2 and all(
+            torch.equal(start["model"][n], end["model"][n]) for n in start["model"]
+        )
+
+
+def test_trained_leaves_out_failures(claims, capsys, monkeypatch):
+    """A run that fails, or whose first part does, is named and left out; the others go on, seed by seed."""
+    good = bench.router_arms(["topk"], 2)[0]
+    bad = Arm("bad", {"router": "topk", "k": 99}, "bad")
+    after = replace(bench.router_arms(["seqtopk"], 2)[0], name="after bad", after=bad)
+    measure = replace_config(claims.bench, seeds=2)
+    found = [(arm.name, seed) for arm, seed, _ in bench.trained(measure, [bad, good, after])]
+    assert found == [("topk, k=2", 1337), ("topk, k=2", 1338)]
+    out = "".join(capsys.readouterr())
+    assert "bad, seed 1337 failed: error: k is 99" in out and "missing: bad, seed 1338" in out
+    assert "missing: after bad, seed 1337" in out
+    assert not (bench.run_folder(measure.config, bad, 1337) / "finished").exists()
