@@ -7,6 +7,8 @@
     python bench.py switch --init_from=allenai/OLMoE-1B-7B-0924 --text=FILE
     python bench.py --json=results/laptop.json --plot=plots/laptop.png
     python bench.py table                                the table of README.md, from results/*.json
+    python bench.py table results/FILE.json              all rows of a file, as tables for EXPERIMENTS.md
+    python bench.py figures                              the figures of README.md, from results/*.json
 
 What is compared is run as A B A B ..., and a ratio is the median over these pairs, with the quartiles behind
 it: what slows the machine for a while slows both. `time/x` is the time as a multiple of x's, so less is
@@ -39,7 +41,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, quantiles, stdev
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +59,10 @@ from data.pairs.prepare import Pair, read_pairs
 from data.source import read_text
 from model import MLP, Cache, Chunk, Context, MoE, MoEConfig, MoEGPT, load_checkpoint, require
 from router import ROUTERS, ExpertCache, online_seqtopk, pseudo_candidates, seqtopk
+
+if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HOME = Path(__file__).parent
 RUNS = Path("out/quality")
@@ -85,6 +91,12 @@ SHAPES = {  # besides those of config/NAME_topk.py
     "heavy": HEAVY | {"block_size": 4096, "vocab_size": 512},
     "peers": {"n_embd": 256, "n_hidden": 680, "qk_norm": "full"},
 }
+NEAR = 0.1  # nats; differences beyond it would flatten all others
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe and Ito
+STYLES = list(itertools.product(("-", "--", ":"), COLOURS))  # of the lines in a figure, one after another
+LOOK = {"font.size": 9, "font.sans-serif": ["DejaVu Sans"], "legend.frameon": False}
+LOOK |= {"legend.handlelength": 3, "axes.grid": True, "grid.alpha": 0.3}
+LOOK |= {"svg.fonttype": "none", "svg.hashsalt": "bench"}  # the same results, the same file
 # FLOP/s in half precision without sparsity, from the vendor's data sheets
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
@@ -1468,13 +1480,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
     return [share, max(0.0, middle - half), min(1.0, middle + half)]
 
 
-PARTS = {
-    "router": bench_router,
-    "layer": bench_layer,
-    "train": bench_train,
-    "decode": bench_decode,
-    "cache": bench_cache,
-    "peers": bench_peers,
+ON_REQUEST = {  # they need a model, or an hour
     "arithmetic": bench_arithmetic,
     "gsm8k": bench_gsm8k,
     "switch": bench_switch,
@@ -1492,7 +1498,15 @@ PARTS = {
     "discount": bench_discount,
     "prune": bench_prune,
 }
-BY_DEFAULT = ("router", "layer", "train", "decode", "cache", "peers")  # others need a model, or an hour
+PARTS = {
+    "router": bench_router,
+    "layer": bench_layer,
+    "train": bench_train,
+    "decode": bench_decode,
+    "cache": bench_cache,
+    "peers": bench_peers,
+    **ON_REQUEST,
+}
 
 
 # -------------------- showing and keeping -----------------------------------------------------------------
@@ -1502,10 +1516,14 @@ def is_ratio(key: str) -> bool:
     return key.startswith(("time/", "speed/", "bytes/"))
 
 
-def cell(value: object) -> str:
+def cell(value: object, signed: bool = False) -> str:
     """A median with its quartiles, a mean with its error, a number or a word, for people."""
     if isinstance(value, list) and len(value) == 2:
-        return f"{value[0]:.4f}" if value[1] is None else "{:.4f} +-{:.4f}".format(*value)
+        middle, error = value
+        exact = middle % 1 == 0 and not error
+        decimals = 0 if exact else max(0, 5 - len(f"{abs(middle) // 1:.0f}"))  # five digits, as kept
+        text = f"{middle:{'+' * signed},.{decimals}f}"
+        return text if exact or error is None else f"{text} +-{error:,.{decimals}f}"
     if isinstance(value, list):
         return "{:.4g} ({:.4g}-{:.4g})".format(*value)
     if isinstance(value, float):
@@ -1513,13 +1531,23 @@ def cell(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def show(rows: list[dict]) -> None:
-    """Print a table of the keys that have a value in some row."""
+def lines_of(rows: list[dict]) -> list[list[str]]:
+    """Head and body of a table of the keys that have a value in some row."""
     keys = dict.fromkeys(key for row in rows for key in row if row[key] is not None and key != "curves")
-    lines = [list(keys)] + [[cell(row.get(key)) for key in keys] for row in rows]
+    return [list(keys)] + [[cell(row.get(key), key.endswith("to base")) for key in keys] for row in rows]
+
+
+def show(rows: list[dict]) -> None:
+    lines = lines_of(rows)
     widths = [max(map(len, column)) for column in zip(*lines)]
     for first, *others in lines:
         print("  ".join([first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:]))]))
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """The table whose first line is the head."""
+    head, *body = [[text.replace("|", r"\|") for text in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
 
 
 def describe(bench: Bench, argv: list[str]) -> dict:
@@ -1572,26 +1600,154 @@ def draw(report: dict, path: str) -> None:
     figure.savefig(path)
 
 
+def read_report(path: Path) -> dict:
+    """What --json kept. Raises ValueError for a file that is none of those."""
+    try:
+        report = json.loads(path.read_text())
+        return {**report, "parts": {**report["parts"]}}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} holds no results: measure again, or delete it") from None
+
+
+def reports(folder: Path) -> dict[str, dict]:
+    return {path.stem: read_report(path) for path in sorted(folder.glob("*.json"))}
+
+
 def readme_table(folder: Path) -> str:
     """Markdown: what was aimed at, and what each machine in `folder` gave. Raises ValueError if none did."""
-    paths = sorted(folder.glob("*.json"))
-    require(bool(paths), str(folder), "empty", "filled first: python bench.py --json=results/NAME.json")
     table: dict[tuple, dict[str, str]] = {}
-    for path in paths:
-        try:
-            report = json.loads(path.read_text())
-        except ValueError:
-            raise ValueError(f"{path} holds no results: measure again, or delete it") from None
-        machine = f"{path.stem} ({report['machine']}, {report['dtype']})"
+    for stem, report in reports(folder).items():
+        machine = f"{stem} ({report['machine']}, {report['dtype']})"
         for part, row in ((part, row) for part, rows in report["parts"].items() for row in rows):
             key = next(filter(is_ratio, row), None)
             if key and (row.get("aim") or row.get("paper")):
                 line = (f"`{part}`", row["what"], key, cell(row.get("aim")), cell(row.get("paper")))
                 table.setdefault(line, {})[machine] = cell(row[key])
+    require(bool(table), f"{folder}", "without speeds", "filled: python bench.py --json=results/NAME.json")
     machines = list(dict.fromkeys(machine for found in table.values() for machine in found))
     head = ["`python bench.py`", "of what", "ratio", "aim", "paper", *machines]
     body = [[*line, *(found.get(machine, "-") for machine in machines)] for line, found in table.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
+    return markdown([head, *body])
+
+
+def report_tables(path: Path) -> str:
+    """Markdown: each part of a file, with where its rows come from. Raises ValueError if it has none."""
+    report = read_report(path)
+    source = "`{command}`, {machine}, {dtype}, commit {commit}".format(**report)
+    tables = [f"**{part}**: {source}\n\n{rows_table(rows)}" for part, rows in report["parts"].items() if rows]
+    require(bool(tables), f"{path}", "without rows", "filled: python bench.py PART --json=results/NAME.json")
+    return "\n\n".join(tables)
+
+
+def rows_table(rows: list[dict]) -> str:
+    """Markdown of what `show` prints. Names are code: some are of tokens, such as '**' or '`'."""
+    head, *body = lines_of(rows)
+    fences = ["```" if "`" in name else "`" for name, *_ in body]
+    named = [[fence + name + fence, *texts] for fence, (name, *texts) in zip(fences, body)]
+    return markdown([head, *named]).replace(" +-", " ± ")
+
+
+def require_matplotlib(name: str) -> None:
+    if not importlib.util.find_spec("matplotlib"):
+        raise ValueError(f"{name} needs matplotlib, which is not installed: pip install matplotlib")
+
+
+def save_figures(folder: Path) -> Iterator[str]:
+    """Draw FIGURES into `folder` from the results there: for each a line that says what became of it."""
+    require_matplotlib("figures")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    found = reports(folder)
+    for name, (parts, draw_onto) in FIGURES.items():
+        part = next((part for part in parts if curve_rows(found, part)), None)
+        if part is None:
+            yield f"{name} is left out; first: python bench.py {parts[0]} --json=results/NAME.json"
+            continue
+        rows = curve_rows(found, part)
+        with matplotlib.rc_context(LOOK):
+            figure = Figure(layout="constrained")
+            draw_onto(figure, rows)
+            figure.savefig(folder / name, metadata={"Date": None, "Creator": None})
+        yield f"{name}: {part}, from {', '.join(dict.fromkeys(stem for stem, _ in rows))}"
+
+
+def curve_rows(found: dict[str, dict], part: str) -> list[tuple[str, dict]]:
+    """The rows of a part that have curves, each with the stem of its file."""
+    rows = [(stem, row) for stem, report in found.items() for row in report["parts"].get(part, [])]
+    return [(stem, row) for stem, row in rows if row.get("curves")]
+
+
+def draw_curves(figure: "Figure", found: list[tuple[str, dict]]) -> None:
+    """For each file and k the losses, and beside them the differences to the first router."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for stem, row in found:
+        groups.setdefault((stem, row["what"].rpartition(", ")[2]), []).append(row)
+    figure.set_size_inches(11, 3.6 * len(groups))
+    for (titles, rows), panels in zip(groups.items(), figure.subplots(len(groups), 2, squeeze=False)):
+        draw_routers(*panels, rows)
+        panels[0].set_title(", ".join(titles))
+
+
+def draw_routers(losses: "Axes", differences: "Axes", rows: list[dict]) -> None:
+    """Losses, and differences paired by seed: none for a row that has not as many seeds as the first."""
+    steps = rows[0]["curves"][0]["step"][1:]  # before the first step all are alike
+    base = np.array([curve["nats"][1:] for curve in rows[0]["curves"]])  # (seeds, n)
+    for place, row in enumerate(rows):
+        nats = np.array([curve["nats"][1:] for curve in row["curves"]])
+        label = row["what"].rpartition(", ")[0]
+        draw_band(losses, place, steps, nats, label)
+        paired = nats - base if nats.shape == base.shape else nats[:0]
+        if place and len(paired):
+            middle, error = mean_and_error(paired[:, -1].tolist())
+            label += f" {middle:+.3f}" + (f" ± {error:.3f}" if len(paired) > 1 else "")
+        draw_band(differences, place, steps, paired, label)
+    bottom, top = differences.get_ylim()
+    differences.set_ylim(max(bottom, -NEAR), min(top, NEAR))
+    losses.set(xlabel="training step", ylabel="causal validation loss (nats per token)")
+    differences.set(xlabel="training step", ylabel=f"difference to {rows[0]['what']}, same seed (nats)")
+    put_legend(differences, "number: the last difference")
+
+
+def draw_lines(x: str, y: str, figure: "Figure", found: list[tuple[str, dict]], **scale: str) -> None:
+    """A line for each row: its curves' y against their x, two of AXES."""
+    figure.set_size_inches(8, 3.8)
+    axes = figure.subplots(subplot_kw={"xlabel": AXES[x], "ylabel": AXES[y], **scale})
+    several = len({stem for stem, _ in found}) > 1
+    for place, (stem, row) in enumerate(found):
+        across, up = (np.array([curve[key] for curve in row["curves"]]) for key in (x, y))
+        label = row["what"].removesuffix(", all tokens")
+        draw_band(axes, place, across.mean(0), up, f"{stem}: {label}" if several else label)
+    axes.xaxis.set_major_formatter("{x:g}")
+    put_legend(axes)
+
+
+def draw_band(axes: "Axes", place: int, x: Iterable[float], seeds: np.ndarray, label: str) -> None:
+    """A panel's line number `place`: the mean of seeds (runs, n) against x (n,), and its standard error."""
+    stroke, colour = STYLES[place % len(STYLES)]
+    points = [(at, *mean_and_error(values)) for at, values in zip(x, seeds.T.tolist()) if values]
+    at, middle, error = np.array(points, dtype=float).reshape(-1, 3).T  # of one run, the error is nan
+    axes.plot(at, middle, linestyle=stroke, marker=".", color=colour, label=label)
+    axes.fill_between(at, middle - error, middle + error, color=colour, alpha=0.2, linewidth=0)
+
+
+def put_legend(axes: "Axes", *more: str) -> None:
+    """Beside the panel, where it hides no line."""
+    title = "\n".join(["line: mean over seeds", "band: its standard error", *more])
+    axes.legend(title=title, loc="upper left", alignment="left", bbox_to_anchor=(1, 1))
+
+
+AXES = {
+    "entropy": "entropy of the prediction (nats; a point: a twentieth of the tokens)",
+    "experts": "experts per token",
+    "position": "position (tokens; a point: the mean since the one before)",
+    "gap": "online loss less global loss (nats)",
+}
+FIGURES = {  # the parts that each may be drawn from, of which the first that has curves is taken; and how
+    "curves.svg": (("quality", "online", "sparsity"), draw_curves),
+    "experts_by_entropy.svg": (("difficulty",), partial(draw_lines, "entropy", "experts")),
+    "gap_by_position.svg": (("length",), partial(draw_lines, "position", "gap", xscale="log")),
+}
 
 
 # -------------------- from the command line ---------------------------------------------------------------
@@ -1606,14 +1762,14 @@ def read_command(argv: list[str]) -> tuple[list[str], BenchConfig]:
             "\n".join(f"  {name:10}  {inspect.getdoc(part).splitlines()[0]}" for name, part in PARTS.items())
         )
     for name in named:
-        require(name in PARTS, "the part", name, f"one of {', '.join(PARTS)}, or table")
+        require(name in PARTS, "the part", name, f"one of {', '.join(PARTS)}, table or figures")
     config = BenchConfig(**parse(options, BenchConfig)[0])
-    if config.plot and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("plot needs matplotlib, which is not installed: pip install matplotlib")
+    if config.plot:
+        require_matplotlib("plot")
     for path in filter(None, (config.json, config.plot)):  # now, and not when the minutes are spent
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         open(path, "a").close()
-    return named or list(BY_DEFAULT), config
+    return named or [name for name in PARTS if name not in ON_REQUEST], config
 
 
 def run_part(name: str, bench: Bench) -> list[dict]:
@@ -1630,8 +1786,10 @@ def run_part(name: str, bench: Bench) -> list[dict]:
 
 def main(argv: list[str]) -> None:
     """Do what is asked for. Raises ValueError or OSError for bad input."""
-    if argv == ["table"]:
-        return print(readme_table(HOME / "results"))
+    if argv[:1] == ["table"]:
+        return print("\n\n".join(map(report_tables, map(Path, argv[1:]))) or readme_table(HOME / "results"))
+    if argv == ["figures"]:
+        return print(*save_figures(HOME / "results"), sep="\n")
     names, config = read_command(argv)
     bench = make_bench(config)
     if not bench.gpu:
