@@ -1232,7 +1232,7 @@ def bench_difficulty(bench: Bench) -> list[dict]:
     Spearman's rank correlation, over the tokens of the validation text, of a token's experts (mean over
     layers) with the entropy and with the loss of the prediction made there; then the experts and the loss of
     some kinds of tokens: in arithmetic, of what is read and of what is predicted; in other text, of the
-    tokens, read at least 50 times, that get the most and the fewest.
+    tokens, read at least 50 times, that get the most and the fewest under each router.
     """
     arms = router_arms(["seqtopk", "online_seqtopk"], k_of(bench))
 
@@ -1250,11 +1250,18 @@ def bench_difficulty(bench: Bench) -> list[dict]:
             yield f"{arm.name}, {kind}", "", figures | {"nats": loss[chosen].mean().item()}
 
     rows = judged(bench, arms, judge)
-    rest = [row for row in rows if "rho loss" not in row]
-    if len(rest) > 4 * EXTREMES:  # words: those that get the most and the fewest
-        rest.sort(key=lambda row: row["experts per token"][0], reverse=True)
-        rest = rest[:EXTREMES] + rest[-EXTREMES:]
-    return [row for row in rows if "rho loss" in row] + rest
+    whole = [row for row in rows if "rho loss" in row]
+    kinds = [row for row in rows if "rho loss" not in row]
+    by_arm = ([row for row in kinds if row["what"].startswith(f"{arm.name}, ")] for arm in arms)
+    return [*whole, *itertools.chain(*map(extremes, by_arm))]
+
+
+def extremes(rows: list[dict]) -> list[dict]:
+    """Of many rows those with the most experts per token, from the most on, and those with the fewest."""
+    if len(rows) <= 2 * EXTREMES:
+        return rows
+    ranked = sorted(rows, key=lambda row: row["experts per token"][0], reverse=True)
+    return ranked[:EXTREMES] + ranked[-EXTREMES:]
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

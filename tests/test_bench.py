@@ -721,6 +721,16 @@ def test_spearman_is_the_correlation_of_ranks(levels):
     assert by_hand == pytest.approx(4.5 / math.sqrt(4.5 * 5))  # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4
 
 
+def test_extremes_are_the_ends_of_many_rows():
+    """Few rows stay as they are; of many, the EXTREMES highest and as many of the lowest, in order."""
+    rows = [{"experts per token": [float(n * 7 % 17), None]} for n in range(17)]
+    assert bench.extremes(rows[:16]) == rows[:16]
+    assert [row["experts per token"][0] for row in bench.extremes(rows)] == [
+        *range(16, 8, -1),
+        *range(7, -1, -1),
+    ]
+
+
 def test_experts_by_entropy_are_means_of_equal_shares():
     entropy = torch.randperm(60).view(3, 20).float()
     found = bench.experts_by_entropy(100 - entropy, entropy)
