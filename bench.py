@@ -1,18 +1,32 @@
-"""How fast this code is, and what SeqTopK costs: ratios of runs that take turns in one process.
+"""How fast this code is, what SeqTopK costs, and which router is better.
 
     python bench.py                                      every part that needs no trained model, in minutes
     python bench.py decode --shape=heavy --batch_size=1  one part; --help lists the parts and the keys
     python bench.py gsm8k --init_from=allenai/OLMoE-1B-7B-0924 --shots=8
-    python bench.py quality --config=config/arithmetic_topk.py --routers=topk,seqtopk --ks=4,2 --seeds=3
     python bench.py switch --init_from=allenai/OLMoE-1B-7B-0924 --text=FILE
+    python bench.py quality --config=config/quality_arithmetic.py --routers=topk,seqtopk --ks=4,2
+    python bench.py sparsity --quick                     one of the claims below, in minutes
     python bench.py --json=results/laptop.json --plot=plots/laptop.png
     python bench.py table                                the table of README.md, from results/*.json
     python bench.py table results/FILE.json              all rows of a file, as tables for EXPERIMENTS.md
     python bench.py figures                              the figures of README.md, from results/*.json
 
-What is compared is run as A B A B ..., and a ratio is the median over these pairs, with the quartiles behind
-it: what slows the machine for a while slows both. `time/x` is the time as a multiple of x's, so less is
-better; `speed/x` is its inverse. Every run ends with one line of JSON, which --json keeps.
+Speed: what is compared is run as A B A B ..., and a ratio is the median over these pairs, with the quartiles
+behind it: what slows the machine for a while slows both. `time/x` is the time as a multiple of x's, so less
+is better; `speed/x` is its inverse.
+
+Quality: `quality` and the twelve claims train what they compare, by train.py with the settings of --config
+and some of their own, for --seeds seeds. Runs are kept in out/quality under a name that says their settings:
+what is finished is not run again, what was stopped goes on, and the claims share runs.
+
+     1 sparsity    is the gain larger at K = 2 than 8?     7 length    sequences of 256 to 2048 tokens
+     2 finetune    a TopK checkpoint trained on            8 long      texts of four times the context
+     3 online      trained globally or online              9 shared    beside a shared expert
+     4 bounds      per token; the strict budget           10 gap       can it be closed by a prior?
+     5 batches     of how many sequences                  11 discount  a rule without max_experts
+     6 difficulty  do hard tokens get more experts?       12 prune     a quarter of the experts dropped
+
+Every run ends with one line of JSON, which --json keeps.
 """
 
 import copy
@@ -51,7 +65,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-from config import bad_input_exits, parse
+from config import bad_input_exits, parse, read_file
 from config.device import give_back_freed_memory, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from data import AnyTokenizer
 from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of, result_of
@@ -119,16 +133,16 @@ class BenchConfig:
     init_from: str | None = None  # arithmetic, gsm8k, switch: a run, a checkpoint, or a Hugging Face model
     out_dir: str | None = None  # the same, for a run (none of both: the run of config/NAME.py for that task)
     router: str | None = None  # arithmetic, gsm8k: any causal one; none: the stand-in for the run's own
-    problems: int | None = None  # so many (none: arithmetic 300 of each level, gsm8k all)
+    problems: int | None = None  # so many (none: of each level 300 in arithmetic, 60 in quality; gsm8k all)
     shots: int = 0  # gsm8k: solved examples in the prompt, for models that were not fine-tuned
     dataset: str = "gsm8k"  # gsm8k: where test.jsonl and the examples come from
     text: str | None = None  # switch: file with the text
-    config: str = "config/quality.py"  # quality: settings of train.py that all runs share
+    config: str = "config/quality.py"  # quality, claims: settings of train.py that all runs share
     routers: str = ",".join(PLAIN)  # quality: what to compare; the first is what others are compared to
     ks: str | None = None  # quality: values of k, each compared for itself (none: k)
-    seeds: int | None = None  # quality: runs of each kind, beginning with `seed` (none: 3, quick 2)
-    quick: bool = False  # quality: a quarter of the iterations, for a look in minutes
-    budget: float | None = None  # quality: minutes after which no other run begins; the next call goes on
+    seeds: int | None = None  # quality, claims: runs of each kind, from `seed` on (none: 3, quick 2)
+    quick: bool = False  # quality, claims: a quarter of the iterations, for a look in minutes
+    budget: float | None = None  # quality, claims: minutes after which no run begins; the next call goes on
     json: str | None = None  # file to keep the results in
     plot: str | None = None  # file to draw the ratios to; needs matplotlib
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
@@ -847,13 +861,14 @@ def with_k(model: MoEGPT, k: int) -> MoEGPT:
 @torch.no_grad()
 def text_loss(bench: Bench, model: MoEGPT, tokenizer: AnyTokenizer, batches: list, router: str) -> tuple:
     """Nats per token, bits per byte and experts per token of a text."""
-    nats, pairs, n_bytes, n_tokens = 0.0, 0.0, 0, 0
+    nats, pairs, n_bytes, n_learned, n_tokens = 0.0, 0.0, 0, 0, 0
     for x, y in batches:
         _, loss, stats = model(x.to(bench.device), y.to(bench.device), router=router)
-        nats, n_tokens = nats + loss.item() * y.numel(), n_tokens + y.numel()
-        n_bytes += tokenizer.token_bytes[y].sum()
-        pairs += stats.experts.float().mean().item() * y.numel()
-    return nats / n_tokens, nats / math.log(2) / n_bytes, pairs / n_tokens
+        learned = y[y >= 0]
+        nats, n_learned = nats + loss.item() * len(learned), n_learned + len(learned)
+        n_bytes += tokenizer.token_bytes[learned].sum()
+        pairs, n_tokens = pairs + stats.experts.float().mean().item() * y.numel(), n_tokens + y.numel()
+    return nats / n_learned, nats / math.log(2) / n_bytes, pairs / n_tokens
 
 
 @dataclass(frozen=True)
@@ -870,15 +885,18 @@ def bench_quality(bench: Bench) -> list[dict]:
     """Routers compared by training: same config, data order, initial weights and budget k, several seeds.
 
     "nats" and "bits/byte" are causal: validation under what decodes, as a user of the model would get it.
-    "as trained" is under the router itself, and "leak" what that gains by seeing the future. "to base" is the
-    difference to the first router for the same k and seed, with the standard error of its mean over seeds, as
-    is all behind a +-. Load: entropy of the experts' shares (1: uniform), variance of share * E (0: uniform),
-    experts without any token. Runs are kept in out/quality, and what is finished is not run again.
+    "as trained" is under the router itself, and "leak" what that gains: by seeing the future, and by spending
+    all of the budget, of which a strict stand-in leaves some. "to base" is the difference to the first router
+    for the same k and seed, with the standard error of its mean over seeds, as is all behind a +-. Load:
+    entropy of the experts' shares (1: uniform), variance of share * E (0: uniform), experts without any
+    token. Runs are kept in out/quality, and what is finished is not run again.
     """
-    routers, ks = bench.config.routers.split(","), (bench.config.ks or str(k_of(bench))).split(",")
+    ks = [k.strip() for k in (bench.config.ks or str(k_of(bench))).split(",")]
+    for k in ks:
+        require(k.isdecimal(), "ks", repr(k), "whole numbers with commas between, such as 8,4,2")
+    routers, known = [name.strip() for name in bench.config.routers.split(",")], [*ROUTERS, "loss_free"]
     for name in routers:
-        known = [*ROUTERS, "loss_free"]
-        require(name in known, "routers", name, f"of {', '.join(known)}, with commas between")
+        require(name in known, "routers", repr(name), f"of {', '.join(known)}, with commas between")
     return compare(
         bench,
         [
@@ -931,7 +949,8 @@ def compare(bench: Bench, arms: list[Arm]) -> list[dict]:
     """Train what is not trained yet, seed by seed, and put the figures of each arm into a row."""
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
-        found = folder / "quality.json"
+        problems = bench.config.problems
+        found = folder / ("quality.json" if problems is None else f"quality-{problems}-problems.json")
         if not found.is_file():
             whole = found.with_suffix(".tmp")
             whole.write_text(json.dumps(run_figures(bench, folder)))
@@ -957,27 +976,29 @@ def trained(bench: Bench, arms: list[Arm]) -> Iterator[tuple[Arm, int, Path]]:
             tqdm.write(f"missing: {arm.name}, seed {seed}")
 
 
-def file_settings(config: BenchConfig) -> dict[str, object]:
-    return {key: value for key, value in runpy.run_path(config.config).items() if not key.startswith("_")}
-
-
 def shared_settings(config: BenchConfig) -> dict[str, object]:
-    """What the config file says, and the defaults of the model. Raises ValueError if sizes are missing."""
-    settings = asdict(MoEConfig()) | file_settings(config)
+    """What the config file says, and the defaults of the model.
+
+    Raises ValueError if sizes are missing, and for a dense model.
+    """
+    settings = asdict(MoEConfig()) | read_file(config.config)
     for key in ("max_iters", "batch_size"):
         require(
             key in settings, f"{key} in {config.config}", "not said", "said there, for the runs to share it"
         )
+    n_expert = settings["n_expert"]
+    require(n_expert > 1, f"n_expert in {config.config}", n_expert, "at least 2, for routers to choose from")
     return settings
 
 
 def k_of(bench: Bench) -> int:
-    return bench.config.k or shared_settings(bench.config)["k"]
+    k = shared_settings(bench.config)["k"]
+    return bench.config.k or k
 
 
 def run_settings(config: BenchConfig, arm: Arm, seed: int) -> dict[str, object]:
     """All settings of an arm's run that are not defaults of train.py."""
-    settings = file_settings(config) | arm.settings
+    settings = read_file(config.config) | arm.settings
     if config.quick:
         settings |= {key: max(1, settings[key] // QUICK) for key in QUICKENED if key in settings}
     if arm.after:  # the batches of the first run shall not come again
@@ -1104,12 +1125,17 @@ def loss_figures(bench: Bench, run: Opened, router: str) -> dict[str, float]:
 
 @torch.no_grad()
 def by_token(bench: Bench, run: Opened, router: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the validation windows' n tokens: loss and entropy in nats (windows, T), experts (windows, T, L)."""
+    """Of the validation windows' tokens: loss and entropy in nats (windows, T), experts (windows, T, L).
+
+    Raises ValueError for a dataset of which only answers are learned.
+    """
+    whole, name = run.dataset.val_answers is None, run.dataset.folder.name
+    require(whole, "dataset", name, "one of which all tokens are learned")
     found = []
     for x, y in run.batches:
         logits, _, stats = run.model(x.to(bench.device), router=router)
         log_share = logits.log_softmax(-1)
-        loss = -log_share.gather(-1, y.to(bench.device).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        loss = -log_share.gather(-1, y.to(bench.device).unsqueeze(-1)).squeeze(-1)
         entropy = -(log_share.exp() * log_share).sum(-1)
         found.append((loss.cpu(), entropy.cpu(), stats.experts.movedim(0, -1).cpu()))
     return tuple(map(torch.cat, zip(*found)))
@@ -1144,7 +1170,8 @@ def bench_finetune(bench: Bench) -> list[dict]:
 def bench_online(bench: Bench) -> list[dict]:
     """Claim 3: trained globally or online, decoded online; and global first, online for the last tenth.
 
-    Each is compared to TopK, but the last to SeqTopK; "nats" is the loss under online SeqTopK.
+    Each is compared to TopK, but the last to SeqTopK. "nats" is the loss under online SeqTopK, but TopK's own
+    for TopK.
     """
     k, last = k_of(bench), shared_settings(bench.config)["max_iters"] * 9 // 10
     arms = router_arms(["topk", "seqtopk", "online_seqtopk"], k)
@@ -1186,12 +1213,11 @@ def bench_batches(bench: Bench) -> list[dict]:
 
     "nats" is the loss under the rule that trained, with a budget that BatchTopK shares among the batch.
     """
-    windows = [1, 4, 16, 64]
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
         run = open_run(bench, folder)
         x, y = (torch.cat(parts) for parts in zip(*run.batches))
-        for size in windows:
+        for size in (size for size in (1, 4, 16, 64) if size <= len(x)):
             same = run._replace(batches=list(zip(x.split(size), y.split(size))))
             name = "{}, {} sequences".format
             yield name(arm.name, size), name(arm.name, 1), loss_figures(bench, same, arm.settings["router"])
@@ -1206,7 +1232,7 @@ def bench_difficulty(bench: Bench) -> list[dict]:
     Spearman's rank correlation, over the tokens of the validation text, of a token's experts (mean over
     layers) with the entropy and with the loss of the prediction made there; then the experts and the loss of
     some kinds of tokens: in arithmetic, of what is read and of what is predicted; in other text, of the
-    tokens, read at least 50 times, that get the most and the fewest.
+    tokens, read at least 50 times, that get the most and the fewest under each router.
     """
     arms = router_arms(["seqtopk", "online_seqtopk"], k_of(bench))
 
@@ -1224,11 +1250,18 @@ def bench_difficulty(bench: Bench) -> list[dict]:
             yield f"{arm.name}, {kind}", "", figures | {"nats": loss[chosen].mean().item()}
 
     rows = judged(bench, arms, judge)
-    rest = [row for row in rows if "rho loss" not in row]
-    if len(rest) > 4 * EXTREMES:  # words: those that get the most and the fewest
-        rest.sort(key=lambda row: row["experts per token"][0], reverse=True)
-        rest = rest[:EXTREMES] + rest[-EXTREMES:]
-    return [row for row in rows if "rho loss" in row] + rest
+    whole = [row for row in rows if "rho loss" in row]
+    kinds = [row for row in rows if "rho loss" not in row]
+    by_arm = ([row for row in kinds if row["what"].startswith(f"{arm.name}, ")] for arm in arms)
+    return [*whole, *itertools.chain(*map(extremes, by_arm))]
+
+
+def extremes(rows: list[dict]) -> list[dict]:
+    """Of many rows those with the most experts per token, from the most on, and those with the fewest."""
+    if len(rows) <= 2 * EXTREMES:
+        return rows
+    ranked = sorted(rows, key=lambda row: row["experts per token"][0], reverse=True)
+    return ranked[:EXTREMES] + ranked[-EXTREMES:]
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -1248,7 +1281,7 @@ def experts_by_entropy(experts: Tensor, entropy: Tensor) -> dict[str, list[float
 
 
 def by_position(values: Tensor) -> dict[str, list[float]]:
-    """Means of values (T,) over positions up to 4, 8, 16 ...: half as many again each time."""
+    """Means of values (T,) over the first 4 positions, those up to 8, up to 16 ...; none beyond the last."""
     cuts = [0, *(2**i for i in range(2, 20) if 2**i <= len(values))]
     parts = [values[start:end].mean().item() for start, end in pairwise(cuts)]
     return {"position": cuts[1:], "gap": parts}
@@ -1334,7 +1367,8 @@ def longer(shared: dict, T: int) -> dict[str, int]:
     per_step = shared["batch_size"] * shared["block_size"]
     batch_size = max(1, per_step // T)
     max_iters = shared["max_iters"] * per_step // (batch_size * T)
-    return {"block_size": T, "batch_size": batch_size, "max_iters": max_iters}
+    size = {"block_size": T, "batch_size": batch_size, "max_iters": max_iters}
+    return size | {"eval_interval": max_iters}  # the validation windows are longer as well
 
 
 def bench_long(bench: Bench) -> list[dict]:
@@ -1453,7 +1487,15 @@ def bench_prune(bench: Bench) -> list[dict]:
         pruned = run._replace(model=without_least_used(bench, run))
         yield f"{arm.name}, a quarter dropped", arm.name, loss_figures(bench, pruned, run.decode)
 
+    kept_experts(shared_settings(bench.config)["n_expert"], 8)  # now, and not when the minutes are spent
     return judged(bench, [arm for k in (8, 2) for arm in router_arms(["topk", "seqtopk"], k)], judge)
+
+
+def kept_experts(n_expert: int, k: int) -> int:
+    """How many experts are left when a quarter is dropped. Raises ValueError if these are fewer than k."""
+    kept = n_expert * 3 // 4
+    require(k <= kept, "k", k, f"at most {kept}, the experts that are kept of {n_expert}")
+    return kept
 
 
 @torch.no_grad()
@@ -1464,8 +1506,7 @@ def without_least_used(bench: Bench, run: Opened) -> MoEGPT:
     grow. Raises ValueError if fewer than k experts are kept.
     """
     model = copy.deepcopy(run.model)
-    k, kept = model.config.k, model.config.n_expert * 3 // 4
-    require(k <= kept, "k", k, f"at most {kept}, the experts that are kept")
+    kept = kept_experts(model.config.n_expert, model.config.k)
     load = sum(model(x, router=run.decode)[2].load for x in usual_text(bench, run))  # (L, E)
     for layer, pairs in zip(model.expert_layers(), load, strict=True):
         layer.bias[pairs.argsort(descending=True, stable=True)[kept:]] = -torch.inf  # never chosen
@@ -1767,9 +1808,17 @@ def read_command(argv: list[str]) -> tuple[list[str], BenchConfig]:
     if config.plot:
         require_matplotlib("plot")
     for path in filter(None, (config.json, config.plot)):  # now, and not when the minutes are spent
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a").close()
+        check_writable(Path(path))
     return named or [name for name in PARTS if name not in ON_REQUEST], config
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError. A file that is new goes again: `table` and `figures` would find no results in it."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    open(path, "a").close()
+    if new:
+        path.unlink()
 
 
 def run_part(name: str, bench: Bench) -> list[dict]:

@@ -106,15 +106,19 @@ def _config_path(arg: str) -> Path:
     raise ValueError(f"config file {arg!r} does not exist{_nearest(str(path), siblings)}")
 
 
-def _file_settings(path: Path, types: dict[str, str]) -> dict[str, Any]:
+def read_file(name: str | Path) -> dict[str, Any]:
+    """What a config file assigns, unchecked. ValueError, one line, for a file that is missing or fails."""
+    path = _config_path(str(name))
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as err:
         raise ValueError(f"config file {path} fails with {type(err).__name__}: {err}") from err
+    return {k: v for k, v in names.items() if not (k.startswith("_") or isinstance(v, ModuleType))}
+
+
+def _file_settings(path: Path, types: dict[str, str]) -> dict[str, Any]:
     settings = {}
-    for key, value in names.items():
-        if key.startswith("_") or isinstance(value, ModuleType):
-            continue
+    for key, value in read_file(path).items():
         _check_known(key, types, f"in {path}")
         with _naming(f"{key} = {value!r} in {path}", types[key]):
             settings[key] = _checked(value, types[key])
