@@ -55,7 +55,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, quantiles, stdev
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -1028,13 +1028,23 @@ def train_run(config: BenchConfig, arm: Arm, seed: int, may_begin: bool) -> bool
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "train.txt", "a") as output:
         command = [sys.executable, str(HOME / "train.py"), *map(command_line, settings.items())]
-        code = subprocess.call(command, stdout=output, stderr=output)
+        code = wait_for(command, output)
     if code:
         last = (folder / "train.txt").read_text().strip().splitlines()[-1:]
         tqdm.write(f"{arm.name}, seed {seed} failed: {' '.join(last)} (more in {folder / 'train.txt'})")
         return False
     (folder / "finished").touch()
     return True
+
+
+def wait_for(command: list[str], output: IO) -> int:
+    """The exit code of a command. After Ctrl-C, which the command gets as well, it has time to save."""
+    process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def command_line(setting: tuple[str, object]) -> str:
@@ -1080,7 +1090,8 @@ def quality_row(name: str, runs: dict[int, dict], base: dict[int, dict]) -> dict
     for key in next(iter(runs.values())):
         values = [run[key] for run in runs.values()]
         if key in ("curve", "tokens"):
-            row |= {"curves": values} if key == "curve" else {"tokens": values[0]}
+            curves = [{"seed": seed, **run[key]} for seed, run in runs.items()] if key == "curve" else None
+            row |= {"curves": curves} if curves else {"tokens": values[0]}
             continue
         row[key] = mean_and_error(values)
         if key in ("nats", "exact match") and both and runs is not base:
@@ -1731,14 +1742,14 @@ def draw_curves(figure: "Figure", found: list[tuple[str, dict]]) -> None:
 
 
 def draw_routers(losses: "Axes", differences: "Axes", rows: list[dict]) -> None:
-    """Losses, and differences paired by seed: none for a row that has not as many seeds as the first."""
+    """Losses, and differences paired by seed: none for a row that has not the seeds of the first."""
     steps = rows[0]["curves"][0]["step"][1:]  # before the first step all are alike
     base = np.array([curve["nats"][1:] for curve in rows[0]["curves"]])  # (seeds, n)
     for place, row in enumerate(rows):
         nats = np.array([curve["nats"][1:] for curve in row["curves"]])
         label = row["what"].rpartition(", ")[0]
         draw_band(losses, place, steps, nats, label)
-        paired = nats - base if nats.shape == base.shape else nats[:0]
+        paired = nats - base if seeds_of(row) == seeds_of(rows[0]) else nats[:0]
         if place and len(paired):
             middle, error = mean_and_error(paired[:, -1].tolist())
             label += f" {middle:+.3f}" + (f" ± {error:.3f}" if len(paired) > 1 else "")
@@ -1748,6 +1759,10 @@ def draw_routers(losses: "Axes", differences: "Axes", rows: list[dict]) -> None:
     losses.set(xlabel="training step", ylabel="causal validation loss (nats per token)")
     differences.set(xlabel="training step", ylabel=f"difference to {rows[0]['what']}, same seed (nats)")
     put_legend(differences, "number: the last difference")
+
+
+def seeds_of(row: dict) -> list[int]:
+    return [curve["seed"] for curve in row["curves"]]
 
 
 def draw_lines(x: str, y: str, figure: "Figure", found: list[tuple[str, dict]], **scale: str) -> None:

@@ -173,15 +173,24 @@ class Cache:
     The layers read `pos`, the number of tokens seen; the model alone advances it, once per forward.
     """
 
-    def __init__(self, config: MoEConfig, batch_size: int, max_tokens: int, router: str, device, dtype):
+    def __init__(
+        self,
+        config: MoEConfig,
+        batch_size: int,
+        max_tokens: int,
+        router: str,
+        device,
+        dtype,
+        priors: list[Tensor | None] | None = None,  # of all layers
+    ):
         self.max_tokens, self.router = max_tokens, router
         self.kv = [KVCache(config, batch_size, max_tokens, device, dtype) for _ in range(config.n_layer)]
-        make, options = ROUTERS[router].cache, routing_options(config, ROUTERS[router])
+        row, size = ROUTERS[router], (batch_size, max_tokens, config.k, config.n_expert)
         self.experts: list[ExpertCache | None] = [
-            make(batch_size, max_tokens, config.k, config.n_expert, device=device, **options)
-            if make and config.has_experts(layer)
+            row.cache(*size, device=device, **routing_options(config, row, prior))
+            if row.cache and config.has_experts(layer)
             else None
-            for layer in range(config.n_layer)
+            for layer, prior in enumerate(priors or [None] * config.n_layer)
         ]
         self.active = torch.zeros(batch_size, max_tokens, dtype=torch.bool, device=device)  # is a token real?
         self.reset()
@@ -223,9 +232,9 @@ class Cache:
         return sum(experts.nbytes for experts in filter(None, self.experts))
 
 
-def routing_options(config: MoEConfig, router: Router) -> dict:
-    """The settings of `config` that this router takes besides k."""
-    return {name: getattr(config, name) for name in router.options}
+def routing_options(config: MoEConfig, router: Router, prior: Tensor | None) -> dict:
+    """What this router takes besides k: settings of `config`, and its layer's prior."""
+    return {name: prior if name == "prior" else getattr(config, name) for name in router.options}
 
 
 # -------------------- layers ------------------------------------------------------------------------------
@@ -430,9 +439,7 @@ class MoE(nn.Module):
     def select(self, scores: Tensor, context: Context, cache: ExpertCache | None) -> Tensor:
         if cache is not None:
             return cache.select(scores, context.active)
-        options = routing_options(self.config, context.router)
-        if self.prior is not None and context.router is ROUTERS["online_seqtopk"]:
-            options["prior"] = self.prior
+        options = routing_options(self.config, context.router, self.prior)
         mask = context.router.select(scores, self.config.k, **options)
         return mask if context.active is None else mask & context.active.unsqueeze(-1)
 
@@ -597,7 +604,8 @@ class MoEGPT(nn.Module):
         weight = self.head.weight
         max_tokens = self.config.block_size if max_tokens is None else max_tokens
         require(max_tokens >= 2, "max_tokens", max_tokens, "at least 2")
-        return Cache(self.config, batch_size, max_tokens, router, weight.device, weight.dtype)
+        priors = [getattr(block.mlp, "prior", None) for block in self.blocks]
+        return Cache(self.config, batch_size, max_tokens, router, weight.device, weight.dtype, priors)
 
     @torch.no_grad()
     def generate(

@@ -560,7 +560,7 @@ ROUTERS = {
         causal=True,
         exact=False,
         decode="online_seqtopk",
-        options=(*BOUNDS, "strict"),
+        options=(*BOUNDS, "strict", "prior"),
         cache=ExpertCache,
     ),
     "seqtopk_discount": Router(seqtopk_discount, causal=False, exact=True, decode="online_seqtopk_discount"),

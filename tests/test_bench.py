@@ -380,7 +380,7 @@ def test_quality_compares_pairs_of_runs_and_runs_none_twice(quality, monkeypatch
     read again."""
     argv = ("--routers=topk,seqtopk", "--seeds=2", "--ks=1,2")
     quality("--routers=topk", "--seeds=1", "--ks=1")  # in a process of its own; all else here
-    monkeypatch.setattr(bench.subprocess, "call", train_here)
+    monkeypatch.setattr(bench, "wait_for", train_here)
     rows, _ = quality(*argv)
     assert [row["what"] for row in rows] == ["topk, k=1", "seqtopk, k=1", "topk, k=2", "seqtopk, k=2"]
     base, other = rows[2:]
@@ -390,7 +390,7 @@ def test_quality_compares_pairs_of_runs_and_runs_none_twice(quality, monkeypatch
     assert base["experts per token"] == [2, 0] and other["experts per token"][0] <= 2
     assert other["nats, to base"][0] == pytest.approx(other["nats"][0] - base["nats"][0], abs=2e-4)
     assert other["leak"][0] == pytest.approx(other["nats"][0] - other["as trained"][0], abs=2e-4)
-    monkeypatch.setattr(bench.subprocess, "call", lambda *args, **options: pytest.fail("a run began"))
+    monkeypatch.setattr(bench, "wait_for", lambda *args, **options: pytest.fail("a run began"))
     assert quality(*argv)[0] == rows
 
 
@@ -437,9 +437,9 @@ def problem_documents(n):
     return [document(make_problem(rng, 1 + i % 5)) for i in range(n)]
 
 
-def train_here(command, stdout, stderr):
+def train_here(command, output):
     """What the command would do in a process of its own: python train.py ..."""
-    with redirect_stdout(stdout), redirect_stderr(stderr):
+    with redirect_stdout(output), redirect_stderr(output):
         try:
             train.main(command[2:])
         except SystemExit as stop:
@@ -459,7 +459,7 @@ def claims(tmp_path_factory):
     rows = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "RUNS", folder / "runs")
-        patch.setattr(bench.subprocess, "call", train_here)
+        patch.setattr(bench, "wait_for", train_here)
         patch.setattr(train, "estimate", lambda run: "soon")
         for name, value in TOYS.items():
             patch.setattr(bench, name, value)

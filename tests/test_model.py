@@ -23,6 +23,7 @@ from model import (
     sample_token,
     save_checkpoint,
 )
+from router import pseudo_candidates
 from tests.reference import (
     SETTINGS,
     ref_expert_choice,
@@ -602,6 +603,20 @@ def test_decoding_beyond_the_recent_tokens_of_the_expert_cache():
     cache = model.new_cache(2)
     got = [model(part, cache=cache)[0] for part in idx.split([30] + [1] * 110, dim=1)]
     assert close(torch.cat(got, dim=1), want)
+
+
+@torch.no_grad()
+def test_priors_of_the_layers_reach_the_caches():
+    """With a prior for each layer decoding equals the uncached forward, and differs from that without."""
+    model = make()
+    idx = tokens(2, 20)
+    without = model(idx, router="online_seqtopk")[0]
+    for layer, routing in zip(model.expert_layers(), model(idx)[2].routing, strict=True):
+        layer.prior = pseudo_candidates(routing.scores, layer.config.k, 8) * 1.05
+    want = model(idx, router="online_seqtopk")[0]
+    cache = model.new_cache(2)
+    got = torch.cat([model(part, cache=cache)[0] for part in idx.split([7] + [1] * 13, dim=1)], dim=1)
+    assert close(got, want) and not close(want, without)
 
 
 @torch.no_grad()
