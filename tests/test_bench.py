@@ -944,7 +944,10 @@ def row(what, *curves, **values):
 
 def losses(name, *ends):
     """A row of quality: the loss goes from 8 to an end for each seed."""
-    return row(name, *({"step": [0, 10, 20], "nats": [8, end + 1, end]} for end in ends))
+    return row(
+        name,
+        *({"seed": seed, "step": [0, 10, 20], "nats": [8, end + 1, end]} for seed, end in enumerate(ends)),
+    )
 
 
 def test_table_of_a_file_by_hand(tmp_path, capsys):
