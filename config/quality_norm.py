@@ -1,0 +1,4 @@
+# config/quality.py with weights that sum to 1 over a token's experts, as Mixtral has them.
+from config.quality import *
+
+norm_topk = True
