@@ -105,7 +105,7 @@ SHAPES = {  # besides those of config/NAME_topk.py
     "heavy": HEAVY | {"block_size": 4096, "vocab_size": 512},
     "peers": {"n_embd": 256, "n_hidden": 680, "qk_norm": "full"},
 }
-NEAR = 0.1  # nats; differences beyond it would flatten all others
+NEAR = 0.3  # nats; differences beyond it would flatten all others
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe and Ito
 STYLES = list(itertools.product(("-", "--", ":"), COLOURS))  # of the lines in a figure, one after another
 LOOK = {"font.size": 9, "font.sans-serif": ["DejaVu Sans"], "legend.frameon": False}
