@@ -414,7 +414,8 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # routing is float32 throughout
             logits = F.linear(x.float(), self.gate.weight.float())  # (B, T, E)
             scores = SCORES[self.config.score_fn](logits)
-        mask = self.select(scores.detach() + self.bias, context, cache)  # (B, T, E)
+        bias = self.bias if context.router.biased else 0  # a run under another router may have left one
+        mask = self.select(scores.detach() + bias, context, cache)  # (B, T, E)
         routing = Routing(logits, scores, mask)
         mask, weight = mask[..., : self.config.n_expert], scores[..., : self.config.n_expert]  # real experts
         if self.config.norm_topk:  # without the bias: that one selects, and never weighs
@@ -595,12 +596,15 @@ class MoEGPT(nn.Module):
     def new_cache(self, batch_size: int, max_tokens: int | None = None, router: str | None = None) -> Cache:
         """An empty cache for batch_size sequences of up to max_tokens (None: block_size) tokens.
 
-        router: a causal one (None: the `decode` stand-in of the config's). Raises ValueError for any other.
+        router: a causal one (None: the `decode` stand-in of the config's), expert_threshold only if it is the
+        config's. Raises ValueError for any other.
         """
         router = router or ROUTERS[self.config.router].decode
         causal = [name for name, row in ROUTERS.items() if row.causal]
         require(router in causal, "router", router, f"causal to decode: {', '.join(causal)}")
         check_router(self.config, router)
+        own = not ROUTERS[router].cutoffs or ROUTERS[self.config.router].cutoffs
+        require(own, "router", router, "that of the training, for only that has found its cutoffs")
         weight = self.head.weight
         max_tokens = self.config.block_size if max_tokens is None else max_tokens
         require(max_tokens >= 2, "max_tokens", max_tokens, "at least 2")

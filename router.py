@@ -10,8 +10,8 @@ scores of the past as well: `ExpertCache` keeps them.
 
     scores (B, T, E) float32          mask (B, T, E) bool
 
-Some routers spend k on average only if training steers them, by the bias that the model adds to the scores or
-by a loss; their rows of ROUTERS say so.
+Some routers spend k on average only if training steers them: by the bias that the model adds to the scores
+(expert_threshold) or by a loss (remoe, null_experts).
 
 The experts of rank m0+1 .. u of a token are its c = u - m0 *candidates*, best first.
 
@@ -101,8 +101,9 @@ def batchtopk(scores: Tensor, k: int, min_experts: int = 1, max_experts: int | N
 def expert_choice(scores: Tensor, k: int) -> Tensor:
     """Every expert takes its T*k/E best tokens of each sequence (arXiv 2202.09368). Sees the future.
 
-    Where E does not divide T*k, the remaining pairs go to the experts whose next token scores highest, so
-    that a sequence always spends exactly T*k.
+    In the paper a whole batch is one pool of tokens; here each sequence is, so that none sees another. Where
+    E does not divide T*k, the remaining pairs go to the experts whose next token scores highest, so that a
+    sequence always spends exactly T*k.
 
     scores (B, T, E) -> mask (B, T, E). Raises ValueError unless 1 <= k <= E.
     """
@@ -151,7 +152,8 @@ def null_experts(scores: Tensor, k: int, n_null: int = 0) -> Tensor:
     """topk over E experts and n_null that do nothing and cost nothing (arXiv 2406.13233, 2601.15370).
 
     Every token takes its k * (E + n_null) / E best, of which k are real ones on average if the load is even.
-    Each null expert has scores of its own, as in the first paper; in the second they are copies of one.
+    Each null expert has scores of its own, as in the first paper; in the second they are copies of one. The
+    load-balance loss counts each as an expert, as in the second; the first gives all of them their mean load.
 
     scores (B, T, E + n_null), the null experts last -> mask of the same shape. Raises ValueError for an
     impossible k or n_null (check_bounds, check_slots).
@@ -166,7 +168,8 @@ def expert_threshold(scores: Tensor, k: int) -> Tensor:
 
     A router gets scores with the bias added, and here the bias is 1 - cutoff: `cutoff_update` keeps it where
     an expert takes a share k / E of all tokens. Before the first update it is 0 and no sigmoid is above 1, so
-    that no token gets an expert.
+    that no token gets an expert. Sigmoids are told apart while logits are well within -15 and 15. The paper
+    also limits, in training, how many tokens an expert takes; nothing does here.
 
     scores (B, T, E), lifted by the bias -> mask (B, T, E).
     """
@@ -227,8 +230,8 @@ def pseudo_candidates(
     u = check_bounds(scores.shape[-1], k, min_experts, max_experts)
     ranked = _rank_experts(scores, u)[0][..., min_experts:].flatten().sort().values
     size = n * (u - min_experts)
-    middle = (torch.arange(size, device=scores.device) + 0.5) / max(1, size)
-    return ranked[(middle * len(ranked)).long()]
+    middle = 2 * torch.arange(size, device=scores.device) + 1  # over 2 * size: integers, floats would round
+    return ranked[middle * len(ranked) // max(1, 2 * size)]
 
 
 def _count_above_threshold(candidates: Tensor, past: Tensor, budget: Tensor) -> Tensor:
@@ -484,7 +487,7 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 def loss_free_update(bias: Tensor, load: Tensor, rate: float) -> Tensor:
-    """The next selection bias: up by `rate` for experts with less than the mean load, else down.
+    """The next selection bias: up by `rate` for experts with less than the mean load, down for more.
 
     bias, load (..., E) -> (..., E). The bias is added to the scores for selection only, never to the weights
     (arXiv 2408.15664, algorithm 1).
@@ -506,14 +509,14 @@ def cutoff_update(bias: Tensor, kth: Tensor, step: int) -> Tensor:
     """The next bias of expert_threshold: 1 - a moving average of kth_scores (arXiv 2603.11535, algorithm 1,
     where it is of logits).
 
-    step: updates before this one. The average forgets 1 in 1,000 of itself as in the paper, but in a run's
-    first 10,000 steps 10 in (step + 10), as scores change fast then: the first update leaves nothing old.
+    step: updates before this one. The newest batch weighs 1/1000 as in the paper, but 10/(step + 10) in a
+    run's first 10,000 steps, as scores change fast then: the first update leaves nothing old.
     bias, kth (..., E) -> (..., E).
     """
     return bias.lerp(1 - kth, max(0.001, 10 / (step + 10)))
 
 
-L1_COEF = 1e-8  # the first weight of l1_loss
+L1_COEF = 1e-8  # the first and the lowest weight of l1_loss
 
 
 def l1_loss(scores: Tensor, mask: Tensor, k: int) -> Tensor:
@@ -527,12 +530,12 @@ def l1_loss(scores: Tensor, mask: Tensor, k: int) -> Tensor:
 
 
 def l1_coef_update(coef: Tensor, load: Tensor, k: int, tokens: int) -> Tensor:
-    """The next weight of l1_loss: this one times 1.2 if more than k experts per token were spent, by 1.2 if
-    fewer (arXiv 2412.14711, eq. 7 and 8).
+    """The next weight of l1_loss: 1.2 times this one if more than k experts per token were spent, a 1.2th of
+    it if fewer (arXiv 2412.14711, eq. 7 and 8), but never below L1_COEF, from where it would not come back.
 
     coef scalar; load (L, E) pairs that each expert got of `tokens` tokens -> scalar.
     """
-    return coef * 1.2 ** torch.sign(load.sum() - len(load) * tokens * k)
+    return (coef * 1.2 ** torch.sign(load.sum() - len(load) * tokens * k)).clamp(min=L1_COEF)
 
 
 class Router(NamedTuple):
@@ -547,6 +550,11 @@ class Router(NamedTuple):
     needs: tuple[tuple[str, object], ...] = ()  # settings that make it what it is, and their values
     cutoffs: bool = False  # training moves the bias by cutoff_update
     l1: bool = False  # training adds l1_loss
+
+    @property
+    def biased(self) -> bool:
+        """Whether it is given the scores with the bias added."""
+        return self.cutoffs or ("bias_rate", 0) not in self.needs
 
 
 BOUNDS = ("min_experts", "max_experts")

@@ -552,6 +552,26 @@ def test_a_router_says_what_it_needs(name):
     MoEConfig(**TINY, router=name, **SETTINGS[name])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["top_p", "remoe"])
+def test_a_bias_that_another_run_left_moves_no_router_that_has_none(name):
+    """Routers that need bias_rate=0 choose as if the bias of the weights were 0; TopK does not."""
+    model, idx = make_under(name), tokens(2, 24)
+    want, wanted = model(idx)[2].experts, model(idx, router="topk")[2].load
+    for layer in model.expert_layers():
+        layer.bias.copy_(torch.linspace(-0.5, 0.5, 8))
+    assert torch.equal(model(idx)[2].experts, want)
+    assert not torch.equal(model(idx, router="topk")[2].load, wanted)
+
+
+def test_cutoffs_are_found_in_training_only():
+    """expert_threshold does not decode a model that was trained under another router: no token might get
+    any expert."""
+    with pytest.raises(ValueError, match="router is expert_threshold, but must be that of the training"):
+        make(score_fn="sigmoid").new_cache(1, router="expert_threshold")
+    assert make_under("expert_threshold").new_cache(1).router == "expert_threshold"
+
+
 @pytest.mark.parametrize("name", UNBUDGETED)
 def test_compiled_routers_without_a_budget(name):
     """Their pairs have to be counted, which splits the graph; loss and gradients are still the eager ones."""
