@@ -894,33 +894,45 @@ def bench_quality(bench: Bench) -> list[dict]:
     ks = [k.strip() for k in (bench.config.ks or str(k_of(bench))).split(",")]
     for k in ks:
         require(k.isdecimal(), "ks", repr(k), "whole numbers with commas between, such as 8,4,2")
-    routers, known = [name.strip() for name in bench.config.routers.split(",")], [*ROUTERS, "loss_free"]
+    routers = [name.strip() for name in bench.config.routers.split(",")]
+    known = [*ROUTERS, "loss_free", "dense"]
     for name in routers:
         require(name in known, "routers", repr(name), f"of {', '.join(known)}, with commas between")
     return compare(
         bench,
         [
-            Arm(f"{router}, k={k}", recipe(bench.config, router) | {"k": int(k)}, f"{routers[0]}, k={k}")
+            Arm(f"{router}, k={k}", recipe(bench.config, router, int(k)), f"{routers[0]}, k={k}")
             for k in ks
             for router in routers
         ],
     )
 
 
-def recipe(config: BenchConfig, router: str) -> dict[str, object]:
-    """Settings of train.py under which a router is what it should be; "loss_free" is TopK with that bias."""
-    shared = shared_settings(config)
-    if router == "loss_free":
-        normalised_sigmoid = {"score_fn": "sigmoid", "norm_topk": True}
-        return {"router": "topk", **normalised_sigmoid, "bias_rate": 0.001, "balance_coef": 0.0}
+def recipe(config: BenchConfig, router: str, k: int) -> dict[str, object]:
+    """Settings of train.py under which a router is what it should be; "loss_free" is TopK with that bias, and
+    "dense" a model of equal active compute without experts.
+
+    Losses are its paper's. No z-loss where scores are no softmax: it would move them, not just their logits.
+    """
+    shared, alone = shared_settings(config), {"balance_coef": 0.0, "z_coef": 0.0}
     warm_up = {"first_router": "expert_choice", "first_iters": max(1, shared["max_iters"] // 10)}
     more = {
-        "expert_threshold": {"balance_coef": 0.0, **warm_up},
-        "remoe": {"balance_coef": 0.0, "z_coef": 0.0},
+        "loss_free": {
+            "router": "topk",
+            "score_fn": "sigmoid",
+            "norm_topk": True,
+            "bias_rate": 0.001,
+            **alone,
+        },
+        "dense": {"router": "topk", "n_expert": 1, "k": 1, "n_hidden": k * shared["n_hidden"]},
+        "expert_threshold": {**alone, **warm_up},
+        "remoe": alone,
         "null_experts": {"n_null": shared["n_expert"], "balance_coef": 0.02},  # as in arXiv 2601.15370
-        "top_p": {"mass": 0.1},  # about 2 of the 32 experts of config/quality.py
+        # about k experts, where scores are as even as those of config/quality.py
+        "top_p": {"mass": min(1.0, 1.6 * k / shared["n_expert"]), "entropy_coef": 1e-4},
     }
-    return {"router": router, **dict(ROUTERS[router].needs), **more.get(router, {})}
+    needs = dict(ROUTERS[router].needs) if router in ROUTERS else {}
+    return {"router": router, "k": k, **needs, **more.get(router, {})}
 
 
 def router_arms(routers: list[str], k: int, **settings) -> list[Arm]:

@@ -854,15 +854,19 @@ def accepted(config, arm, seed=1):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("router", [*ROUTERS, "loss_free"])
+@pytest.mark.parametrize("router", [*ROUTERS, "loss_free", "dense"])
 def test_the_recipe_of_each_router_is_accepted(router, quick):
     """train.py takes the settings with which a router is compared, and they are what its row needs."""
     settings = BenchConfig(quick=quick)
-    config = accepted(settings, Arm(router, bench.recipe(settings, router) | {"k": 2}, router))
-    assert config.router == {"loss_free": "topk"}.get(router, router) and config.k == 2
+    config = accepted(settings, Arm(router, bench.recipe(settings, router, 2), router))
+    assert config.router == {"loss_free": "topk", "dense": "topk"}.get(router, router)
+    one = bench.shared_settings(settings)["n_hidden"]
+    assert (config.k, config.n_hidden) == ((1, 2 * one) if router == "dense" else (2, one))
     for key, value in dict(ROUTERS[config.router].needs).items():
         assert getattr(config, key) == value
-    assert (config.balance_coef == 0) == (router in ("loss_free", "expert_threshold", "remoe"))
+    alone = router in ("loss_free", "expert_threshold", "remoe")
+    assert (config.balance_coef == 0) == (config.z_coef == 0) == alone
+    assert (config.entropy_coef, config.mass) == ((1e-4, 0.1) if router == "top_p" else (0, 0.4))
     assert (config.bias_rate > 0) == (router == "loss_free")
     whole = bench.shared_settings(settings)["max_iters"]
     assert config.max_iters == (whole // 4 if quick else whole)
