@@ -30,6 +30,7 @@ Every run ends with one line of JSON, which --json keeps.
 """
 
 import copy
+import fcntl
 import hashlib
 import importlib
 import importlib.metadata
@@ -49,7 +50,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -71,7 +72,18 @@ from data import AnyTokenizer
 from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of, result_of
 from data.pairs.prepare import Pair, read_pairs
 from data.source import read_text
-from model import MLP, Cache, Chunk, Context, MoE, MoEConfig, MoEGPT, load_checkpoint, require
+from model import (
+    MLP,
+    Cache,
+    Chunk,
+    Context,
+    MoE,
+    MoEConfig,
+    MoEGPT,
+    evaluate_text,
+    load_checkpoint,
+    require,
+)
 from router import ROUTERS, ExpertCache, online_seqtopk, pseudo_candidates, seqtopk
 
 if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
@@ -88,9 +100,11 @@ CHECK_EVERY = 16  # tokens from one look for final answers to the next
 ANSWER_TOKENS = 400  # the most for an answer in gsm8k
 SWITCH_WINDOWS = 64  # of the text, in switch
 QUALITY_PROBLEMS = 60  # of each level of arithmetic
+JUDGED_TOKENS = 2**17  # of the validation text, by which trained models are compared
 SEEDS, QUICK_SEEDS = 3, 2
 QUICK = 4  # --quick has so many times fewer of
-QUICKENED = ("max_iters", "warmup_iters", "first_iters", "eval_interval")
+QUICKENED = ("max_iters", "warmup_iters", "lr_decay_iters", "first_iters", "eval_interval")
+SECONDS = "took {} seconds"  # a line of train.txt
 TUNING = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3}  # of a run that goes on
 LENGTHS = (256, 1024, 2048)
 PLACES = (16, 64, 256, 1024, 2048)  # ends of ranges of positions
@@ -142,7 +156,7 @@ class BenchConfig:
     ks: str | None = None  # quality: values of k, each compared for itself (none: k)
     seeds: int | None = None  # quality, claims: runs of each kind, from `seed` on (none: 3, quick 2)
     quick: bool = False  # quality, claims: a quarter of the iterations, for a look in minutes
-    budget: float | None = None  # quality, claims: minutes after which no run begins; the next call goes on
+    budget: float | None = None  # quality, claims: minutes after which no training begins
     json: str | None = None  # file to keep the results in
     plot: str | None = None  # file to draw the ratios to; needs matplotlib
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
@@ -164,6 +178,8 @@ class Bench:
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    deadline: float = math.inf  # of time.monotonic(), after which no training begins
+    missing: list[str] = field(default_factory=list)  # trainings that failed or did not begin
 
     @property
     def gpu(self) -> bool:
@@ -191,6 +207,9 @@ class Bench:
         keys = {field.name for field in fields(MoEConfig)}
         given = {key: value for key, value in vars(self.config).items() if value and key != "router"}
         return MoEConfig(**{key: value for key, value in (settings | given).items() if key in keys})
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
         return torch.compile(function, fullgraph=fullgraph) if self.compile else function
@@ -659,7 +678,7 @@ def bench_arithmetic(bench: Bench) -> list[dict]:
     """
     config = bench.config
     model, tokenizer, folder = open_model(bench, "out/arithmetic_seqtopk")
-    chosen = test_problems(config.problems or 300)
+    chosen = test_problems(data.load("arithmetic").folder, config.problems or 300)
     solved = solve_all(bench, model, tokenizer, chosen, config.router)
     run = f"{folder}, router {config.router or ROUTERS[model.config.router].decode}"
     rows = []
@@ -670,10 +689,10 @@ def bench_arithmetic(bench: Bench) -> list[dict]:
     return rows
 
 
-def test_problems(per_level: int) -> list[dict]:
-    """So many test problems of each level of arithmetic, level by level."""
+def test_problems(folder: Path, per_level: int) -> list[dict]:
+    """So many test problems of each level of the arithmetic in a folder, level by level."""
     levels: dict[int, list[dict]] = {}
-    for line in (data.load("arithmetic").folder / "test.jsonl").read_text().splitlines():
+    for line in (folder / "test.jsonl").read_text().splitlines():
         problem = json.loads(line)
         levels.setdefault(problem["level"], []).append(problem)
     return [problem for level in sorted(levels) for problem in levels[level][:per_level]]
@@ -843,10 +862,10 @@ def bench_switch(bench: Bench) -> list[dict]:
     require(bool(model.expert_layers()), "the model", "dense", "one with experts")
     rows = []
     for k, router in tqdm(pairs, unit="row", disable=None):
-        nats, bits, experts = text_loss(bench, with_k(model, k), tokenizer, batches, router)
+        found = evaluate_text(with_k(model, k), batches, tokenizer.token_bytes, router)
         sees = "" if ROUTERS[router].causal else " (sees the future)"
-        row = {"what": f"{folder.name}, K={k}, {router}{sees}", "nats/token": nats, "bits/byte": bits}
-        rows.append(row | {"experts per token": experts})
+        row = {"what": f"{folder.name}, K={k}, {router}{sees}", "nats/token": found["loss"]}
+        rows.append(row | {"bits/byte": found["bpb"], "experts per token": found["experts"][0]})
     return rows
 
 
@@ -856,19 +875,6 @@ def with_k(model: MoEGPT, k: int) -> MoEGPT:
     for module in (model, *model.expert_layers()):
         module.config = changed
     return model
-
-
-@torch.no_grad()
-def text_loss(bench: Bench, model: MoEGPT, tokenizer: AnyTokenizer, batches: list, router: str) -> tuple:
-    """Nats per token, bits per byte and experts per token of a text."""
-    nats, pairs, n_bytes, n_learned, n_tokens = 0.0, 0.0, 0, 0, 0
-    for x, y in batches:
-        _, loss, stats = model(x.to(bench.device), y.to(bench.device), router=router)
-        learned = y[y >= 0]
-        nats, n_learned = nats + loss.item() * len(learned), n_learned + len(learned)
-        n_bytes += tokenizer.token_bytes[learned].sum()
-        pairs, n_tokens = pairs + stats.experts.float().mean().item() * y.numel(), n_tokens + y.numel()
-    return nats / n_learned, nats / math.log(2) / n_bytes, pairs / n_tokens
 
 
 @dataclass(frozen=True)
@@ -958,16 +964,21 @@ def judged(bench: Bench, arms: list[Arm], judge: Callable[[Arm, Path], Iterable[
 
 
 def compare(bench: Bench, arms: list[Arm]) -> list[dict]:
-    """Train what is not trained yet, seed by seed, and put the figures of each arm into a row."""
+    """Train what is not trained yet, seed by seed, and put the figures of each arm into a row.
+
+    Figures are kept with the run, under a name that differs where the code or --problems do.
+    """
+    made_by = [(HOME / name).read_bytes() for name in ("bench.py", "model.py", "router.py")]
+    made_by = hashlib.sha256(repr([*made_by, bench.config.problems]).encode()).hexdigest()[:8]
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
-        problems = bench.config.problems
-        found = folder / ("quality.json" if problems is None else f"quality-{problems}-problems.json")
-        if not found.is_file():
-            whole = found.with_suffix(".tmp")
+        load_run(folder)  # raises if its data are not those of today
+        kept = folder / f"figures-{made_by}.json"
+        if not kept.is_file():
+            whole = kept.with_suffix(".tmp")
             whole.write_text(json.dumps(run_figures(bench, folder)))
-            whole.replace(found)
-        yield arm.name, arm.base, json.loads(found.read_text())
+            whole.replace(kept)
+        yield arm.name, arm.base, json.loads(kept.read_text())
 
     return judged(bench, arms, judge)
 
@@ -975,17 +986,17 @@ def compare(bench: Bench, arms: list[Arm]) -> list[dict]:
 def trained(bench: Bench, arms: list[Arm]) -> Iterator[tuple[Arm, int, Path]]:
     """Each arm and seed with the folder of its run, which is trained now if it is not yet; seed by seed.
 
-    Left out, with a line that says so, is what fails and what would begin after the budget of minutes.
+    Left out, with a line that says so, is what fails and what would begin after the deadline.
     """
     config = bench.config
-    end = time.monotonic() + 60 * (math.inf if config.budget is None else config.budget)
+    shared_settings(config)
     seeds = range(config.seed, config.seed + (config.seeds or (QUICK_SEEDS if config.quick else SEEDS)))
     for seed, arm in tqdm([(seed, arm) for seed in seeds for arm in arms], unit="run", disable=None):
-        runs = filter(None, (arm.after, arm))
-        if all(train_run(config, run, seed, time.monotonic() < end) for run in runs):
+        if all(train_run(bench, run, seed) for run in filter(None, (arm.after, arm))):
             yield arm, seed, run_folder(config, arm, seed)
         else:
-            tqdm.write(f"missing: {arm.name}, seed {seed}")
+            bench.missing.append(f"{arm.name}, seed {seed}")
+            tqdm.write(f"missing: {bench.missing[-1]}")
 
 
 def shared_settings(config: BenchConfig) -> dict[str, object]:
@@ -1013,6 +1024,8 @@ def run_settings(config: BenchConfig, arm: Arm, seed: int) -> dict[str, object]:
     settings = read_file(config.config) | arm.settings
     if config.quick:
         settings |= {key: max(1, settings[key] // QUICK) for key in QUICKENED if key in settings}
+    where = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
+    settings |= {key: value for key, value in where.items() if value != "auto"}
     if arm.after:  # the batches of the first run shall not come again
         start = run_folder(config, arm.after, seed) / "last.pt"
         return settings | {"seed": seed + OTHER_BATCHES, "init_from": start}
@@ -1027,36 +1040,56 @@ def run_folder(config: BenchConfig, arm: Arm, seed: int) -> Path:
     return RUNS / f"{Path(config.config).stem}-{words}-seed{seed}-{digest.hexdigest()[:8]}"
 
 
-def train_run(config: BenchConfig, arm: Arm, seed: int, may_begin: bool) -> bool:
+def train_run(bench: Bench, arm: Arm, seed: int) -> bool:
     """Do or finish a run of train.py. False if it may not begin, or fails, of which a line says why."""
-    folder = run_folder(config, arm, seed)
-    if (folder / "finished").is_file() or not may_begin:
-        return (folder / "finished").is_file()
-    where = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
-    where = {key: value for key, value in where.items() if value != "auto"}
-    settings = run_settings(config, arm, seed) | where | {"sample_tokens": 0, "out_dir": folder}
-    if (folder / "last.pt").is_file():
-        settings["init_from"] = "resume"
+    folder = run_folder(bench.config, arm, seed)
+    finished = folder / "finished"
+    if finished.is_file() or time.monotonic() >= bench.deadline:
+        return finished.is_file()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "train.txt", "a") as output:
+        fcntl.flock(output, fcntl.LOCK_EX)  # train.py inherits it: nobody else trains here until that ends
+        if finished.is_file():
+            return True
+        settings = run_settings(bench.config, arm, seed) | {"sample_tokens": 0, "out_dir": folder}
+        if (folder / "last.pt").is_file():
+            settings["init_from"] = "resume"
+        else:
+            (folder / "log.jsonl").unlink(missing_ok=True)  # of a start that was cut short
         command = [sys.executable, str(HOME / "train.py"), *map(command_line, settings.items())]
         code = wait_for(command, output)
-    if code:
+    if code or not is_whole(folder, settings["max_iters"]):
         last = (folder / "train.txt").read_text().strip().splitlines()[-1:]
         tqdm.write(f"{arm.name}, seed {seed} failed: {' '.join(last)} (more in {folder / 'train.txt'})")
         return False
-    (folder / "finished").touch()
+    (folder / "best.pt").unlink(missing_ok=True)  # large, and nothing here reads it
+    finished.touch()
     return True
 
 
+def is_whole(folder: Path, iterations: int) -> bool:
+    """Whether all of a run is in its last checkpoint: a full disk ends no training."""
+    try:
+        return load_checkpoint(folder / "last.pt")["step"] == iterations
+    except ValueError:
+        return False
+
+
 def wait_for(command: list[str], output: IO) -> int:
-    """The exit code of a command. After Ctrl-C, which the command gets as well, it has time to save."""
-    process = subprocess.Popen(command, stdout=output, stderr=output)
+    """The exit code of a command, with a line of the seconds that it took in `output`.
+
+    After Ctrl-C, which does not reach it from the terminal, it is told to stop and has time to save.
+    """
+    start = time.monotonic()
+    process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
     try:
         return process.wait()
     except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
         process.wait()
         raise
+    finally:
+        print(SECONDS.format(time.monotonic() - start), file=output, flush=True)
 
 
 def command_line(setting: tuple[str, object]) -> str:
@@ -1064,35 +1097,27 @@ def command_line(setting: tuple[str, object]) -> str:
     return f"--{key}={str(value).lower() if isinstance(value, bool | None) else value}"
 
 
-def run_figures(bench: Bench, folder: Path) -> dict[str, float]:
-    """What a finished run of train.py has come to, by its log and its last checkpoint."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    checkpoint = load_checkpoint(folder / "last.pt")
-    settings = checkpoint["train_config"]
-    evals = [line for line in lines if line["kind"] == "eval"]
-    result = evals[-1]
-    causal, as_trained = result["causal"], result["as_trained"]
-    per_step = [settings[key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")]
-    rate = median(line["tokens_per_second"] for line in lines if line["kind"] == "train") / math.prod(
-        per_step
-    )
-    curve = {"step": [e["step"] for e in evals], "nats": [e["causal"]["loss"] for e in evals]}
+def run_figures(bench: Bench, folder: Path) -> dict[str, object]:
+    """What a finished run of train.py has come to, by its last checkpoint and its log."""
+    run, settings = open_run(bench, folder), load_run(folder)[0]["train_config"]
+    causal, as_trained = (judge_text(bench, run, name) for name in (run.decode, run.model.config.router))
     figures = {"nats": causal["loss"], "bits/byte": causal["bpb"], "as trained": as_trained["loss"]}
     figures["leak"] = causal["loss"] - as_trained["loss"]
     if "experts" in causal:
         figures |= {"experts per token": causal["experts"][0], "load entropy": causal["entropy"]}
         figures |= {"load variance": causal["variance"], "dead": causal["dead"]}
-    if settings["dataset"] == "arithmetic":
-        figures["exact match"] = exact_match(bench, checkpoint)
-    return figures | {"curve": curve, "steps/s": rate, "minutes": settings["max_iters"] / rate / 60}
-
-
-def exact_match(bench: Bench, checkpoint: dict) -> float:
-    """Share of the first test problems of all levels that the causal stand-in solves."""
-    model = MoEGPT.from_checkpoint(checkpoint).to(bench.device).cast(bench.dtype).eval()
-    tokenizer = data.make_tokenizer(checkpoint["tokenizer"])
-    problems = test_problems(bench.config.problems or QUALITY_PROBLEMS)
-    return mean(right for right, _ in solve_all(bench, model, tokenizer, problems, None))
+    folder_of_data = run.dataset.folder
+    if folder_of_data.name == "arithmetic" and (folder_of_data / "test.jsonl").is_file():
+        problems = test_problems(folder_of_data, bench.config.problems or QUALITY_PROBLEMS)
+        solved = solve_all(bench, run.model, run.dataset.tokenizer, problems, None)
+        figures["exact match"] = mean(right for right, _ in solved)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    figures["curve"] = {"step": [e["step"] for e in evals], "nats": [e["causal"]["loss"] for e in evals]}
+    per_step = [settings[key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")]
+    rate = median(line["tokens_per_second"] for line in lines if line["kind"] == "train")
+    seconds = re.findall(SECONDS.format(r"([\d.]+)"), (folder / "train.txt").read_text())
+    return figures | {"steps/s": rate / math.prod(per_step), "minutes": sum(map(float, seconds)) / 60}
 
 
 def quality_row(name: str, runs: dict[int, dict], base: dict[int, dict]) -> dict:
@@ -1131,19 +1156,35 @@ class Opened(NamedTuple):
         return ROUTERS[self.model.config.router].decode
 
 
-def open_run(bench: Bench, folder: Path, **changes) -> Opened:
-    """The last checkpoint of a run, some fields of its config changed."""
+def load_run(folder: Path) -> tuple[dict, data.Dataset]:
+    """The last checkpoint of a run, and its dataset. Raises ValueError if that was prepared anew since."""
     checkpoint = load_checkpoint(folder / "last.pt")
+    dataset = data.load(checkpoint["train_config"]["dataset"])
+    same = checkpoint["source_sha256"] == dataset.meta["source_sha256"]
+    remedy = f"that of the runs: delete {RUNS} to train them again"
+    require(same, f"the data in {dataset.folder}", f"other than when {folder.name} was trained", remedy)
+    return checkpoint, dataset
+
+
+def open_run(bench: Bench, folder: Path, tokens: int | None = None, **changes) -> Opened:
+    """The last checkpoint of a run, some fields of its config changed, to be judged by so many tokens."""
+    checkpoint, dataset = load_run(folder)
     settings = checkpoint["train_config"] | changes
-    dataset = data.load(settings["dataset"])
-    size = settings["block_size"], settings["batch_size"], settings["eval_windows"]
-    model = MoEGPT.from_checkpoint(checkpoint, **changes).to(bench.device).cast(bench.dtype).eval()
-    return Opened(model, dataset, dataset.val_batches(*size))
+    model = MoEGPT.from_checkpoint(checkpoint, **changes).to(bench.device).eval()
+    windows = (tokens or JUDGED_TOKENS) // settings["block_size"]
+    batches = dataset.val_batches(settings["block_size"], settings["batch_size"], windows)
+    return Opened(model, dataset, batches)
+
+
+def judge_text(bench: Bench, run: Opened, router: str) -> dict:
+    """evaluate_text of the run's batches, computed as in training."""
+    with bench.autocast():
+        return evaluate_text(run.model, run.batches, run.dataset.tokenizer.token_bytes, router)
 
 
 def loss_figures(bench: Bench, run: Opened, router: str) -> dict[str, float]:
-    nats, bits, experts = text_loss(bench, run.model, run.dataset.tokenizer, run.batches, router)
-    return {"nats": nats, "bits/byte": bits, "experts per token": experts}
+    found = judge_text(bench, run, router)
+    return {"nats": found["loss"], "bits/byte": found["bpb"], "experts per token": found["experts"][0]}
 
 
 @torch.no_grad()
@@ -1156,7 +1197,8 @@ def by_token(bench: Bench, run: Opened, router: str) -> tuple[Tensor, Tensor, Te
     require(whole, "dataset", name, "one of which all tokens are learned")
     found = []
     for x, y in run.batches:
-        logits, _, stats = run.model(x.to(bench.device), router=router)
+        with bench.autocast():
+            logits, _, stats = run.model(x.to(bench.device), router=router)
         log_share = logits.log_softmax(-1)
         loss = -log_share.gather(-1, y.to(bench.device).unsqueeze(-1)).squeeze(-1)
         entropy = -(log_share.exp() * log_share).sum(-1)
@@ -1175,19 +1217,24 @@ def bench_finetune(bench: Bench) -> list[dict]:
     The first rows are the checkpoint itself, decoded under other rules without any training.
     """
     topk = router_arms(["topk"], k_of(bench))[0]
-    base = f"{topk.name}, 100 more of topk"
-    arms = [
-        replace(arm, name=f"{topk.name}, 100 more of {router}", base=base, after=topk)
-        for router in ("topk", "seqtopk", "online_seqtopk")
-        for arm in router_arms([router], k_of(bench), **TUNING)
-    ]
+    tuned = tuned_arms(bench, topk, ["topk", "seqtopk", "online_seqtopk"])
 
     def untuned(arm: Arm, folder: Path) -> Iterator[Judged]:
         run = open_run(bench, folder)
         for router in ("topk", "online_seqtopk"):
             yield f"{topk.name}, then {router}", f"{topk.name}, then topk", loss_figures(bench, run, router)
 
-    return judged(bench, [topk], untuned) + compare(bench, arms)
+    return judged(bench, [topk], untuned) + compare(bench, tuned)
+
+
+def tuned_arms(bench: Bench, first: Arm, routers: list[str]) -> list[Arm]:
+    """Runs that go on where those of `first` ended, one for each router, compared to the first of these."""
+    k, iterations = k_of(bench), TUNING["max_iters"] // (QUICK if bench.config.quick else 1)
+    name = f"{first.name}, {iterations} more of {{}}"
+    return [
+        Arm(name.format(router), {"router": router, "k": k, **TUNING}, name.format(routers[0]), first)
+        for router in routers
+    ]
 
 
 def bench_online(bench: Bench) -> list[dict]:
@@ -1369,7 +1416,7 @@ def bench_length(bench: Bench) -> list[dict]:
     arms = [replace(router_arms(["seqtopk"], k, **longer(shared, T))[0], name=f"T={T}") for T in LENGTHS]
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
-        run = open_run(bench, folder)
+        run = open_run(bench, folder, tokens=sys.maxsize)  # all of the text, for each T to have the same
         online, globally = (by_token(bench, run, router)[0] for router in ("online_seqtopk", "seqtopk"))
         gap = online - globally  # (windows, T)
         T = gap.shape[1]
@@ -1450,12 +1497,7 @@ def bench_gap(bench: Bench) -> list[dict]:
     online SeqTopK, and the largest n0 all but a fixed threshold. The last rows had 100 iterations more.
     """
     seqtopk = router_arms(["seqtopk"], k_of(bench))[0]
-    base = f"{seqtopk.name}, 100 more of seqtopk"
-    tuned = [
-        replace(arm, name=f"{seqtopk.name}, 100 more of {router}", base=base, after=seqtopk)
-        for router in ("seqtopk", "online_seqtopk")
-        for arm in router_arms([router], k_of(bench), **TUNING)
-    ]
+    tuned = tuned_arms(bench, seqtopk, ["seqtopk", "online_seqtopk"])
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
         run = open_run(bench, folder)
@@ -1831,7 +1873,10 @@ def read_command(argv: list[str]) -> tuple[list[str], BenchConfig]:
         )
     for name in named:
         require(name in PARTS, "the part", name, f"one of {', '.join(PARTS)}, table or figures")
-    config = BenchConfig(**parse(options, BenchConfig)[0])
+    given = parse(options, BenchConfig)[0]
+    for key in {"routers", "ks"} & given.keys():
+        require(named == ["quality"], key, given[key], "left out: only `python bench.py quality` takes it")
+    config = BenchConfig(**given)
     if config.plot:
         require_matplotlib("plot")
     for path in filter(None, (config.json, config.plot)):  # now, and not when the minutes are spent
@@ -1853,6 +1898,8 @@ def run_part(name: str, bench: Bench) -> list[dict]:
     print(f"\n--- {name}: {inspect.getdoc(PARTS[name])}\n", flush=True)
     torch.manual_seed(bench.config.seed)
     start = time.perf_counter()
+    if bench.config.budget is not None:
+        bench = replace(bench, deadline=time.monotonic() + 60 * bench.config.budget)
     rows = rounded(PARTS[name](bench))
     if rows:
         show(rows)
@@ -1872,7 +1919,7 @@ def main(argv: list[str]) -> None:
         keep_freed_memory()
     report = describe(bench, argv)
     print(", ".join(f"{key} {report[key]}" for key in ("machine", "dtype", "compile", "versions", "load")))
-    report |= {"parts": {}, "failed": []}
+    report |= {"parts": {}, "failed": [], "missing": bench.missing}
     for name in names:
         try:
             report["parts"][name] = run_part(name, bench)
@@ -1885,12 +1932,14 @@ def main(argv: list[str]) -> None:
             print(f"{name} was stopped")
             report["failed"].append(name)
             break
-    if config.json:
+    if config.json and any(report["parts"].values()):
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+    elif config.json:
+        print(f"{config.json} is left as it was: there is no row for it")
     if config.plot:
         draw(report, config.plot)
     print("\n" + json.dumps(report))
-    sys.exit(bool(report["failed"]))
+    sys.exit(bool(report["failed"] or report["missing"]))
 
 
 if __name__ == "__main__":

@@ -14,16 +14,18 @@ for the host: a router with a known budget gives every tensor a shape that does 
 
 import importlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -806,6 +808,51 @@ def sample_token(
     # the first to ring of clocks with these rates; torch.multinomial would wait for the device
     clocks = torch.empty_like(logits).exponential_(generator=generator).clamp(min=1e-20)
     return (logits.softmax(-1) / clocks).argmax(-1, keepdim=True)
+
+
+# -------------------- evaluation --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate_text(
+    model: MoEGPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray, router: str
+) -> dict:
+    """Loss and routing on batches of inputs and targets, (B, T) each, under one router.
+
+    token_bytes: the length of each token of the vocabulary. Targets of -1 are not learned, and do not count.
+    loss: mean cross-entropy in nats per token. bpb: the same in bits per byte of the text. experts: mean, min
+    and max experts per token. Of the share of the pairs that each expert gets, means over layers: entropy, 1
+    when uniform, and variance of share * E, 0 when uniform. dead: experts that got no token, of all layers.
+    A dense model has the first two only.
+    """
+    device, n_bytes = model.head.weight.device, torch.from_numpy(token_bytes)
+    nats = tokens = text_bytes = load = 0
+    experts = []
+    for x, y in batches:
+        _, loss, stats = model(x.to(device), y.to(device), router=router)
+        learned = y[y >= 0]
+        nats, tokens = nats + loss.double() * learned.numel(), tokens + learned.numel()
+        text_bytes += n_bytes[learned].sum().item()
+        load = load + stats.load
+        experts.append(stats.experts.flatten())
+    result = {"loss": (nats / tokens).item(), "bpb": (nats / text_bytes / math.log(2)).item()}
+    return result | routing_summary(load, torch.cat(experts))
+
+
+def routing_summary(load: Tensor, experts: Tensor) -> dict:
+    """load (L, E) pairs per expert, experts (n,) experts per token -> the routing part of evaluate_text, {}
+    if L is 0."""
+    if not len(load):
+        return {}
+    share = load / load.sum(-1, keepdim=True).clamp(min=1)
+    entropy = torch.special.entr(share).sum(-1).mean() / math.log(load.shape[-1])
+    mean, low, high = experts.float().mean(), experts.min(), experts.max()
+    return {
+        "experts": [mean.item(), low.item(), high.item()],
+        "entropy": entropy.item(),
+        "variance": (share * load.shape[-1]).var(-1, correction=0).mean().item(),
+        "dead": (load == 0).sum().item(),
+    }
 
 
 # -------------------- checkpoints -------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from model import (
     MoEGPT,
     Stats,
     check_router,
+    evaluate_text,
     load_checkpoint,
     pretrained_config,
     require,
@@ -483,44 +484,12 @@ def move_bias(model: MoEGPT, seen: Tensor, update: Callable[[Tensor, Tensor], Te
 # -------------------- evaluation --------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def evaluate(run: Run, router: str) -> dict:
-    """Loss and routing on the validation windows under one router; a pure function of the weights.
-
-    loss: mean cross-entropy in nats per token. bpb: the same in bits per byte of the text. experts: mean, min
-    and max experts per token. Of the share of the pairs that each expert gets, means over layers: entropy, 1
-    when uniform, and variance of share * E, 0 when uniform. dead: experts that got no token, of all layers.
-    """
+    """evaluate_text of the validation windows; a pure function of the weights."""
     config = run.config
-    n_bytes = torch.from_numpy(run.dataset.tokenizer.token_bytes)
-    nats = tokens = text_bytes = load = 0
-    experts = []
-    for x, y in run.dataset.val_batches(config.block_size, config.batch_size, config.eval_windows):
-        with run.autocast():
-            _, loss, stats = run.model(x.to(run.device), y.to(run.device), router=router)
-        learned = y[y >= 0]
-        nats, tokens = nats + loss.double() * learned.numel(), tokens + learned.numel()
-        text_bytes += n_bytes[learned].sum().item()
-        load = load + stats.load
-        experts.append(stats.experts.flatten())
-    result = {"loss": (nats / tokens).item(), "bpb": (nats / text_bytes / math.log(2)).item()}
-    return result | routing_summary(load, torch.cat(experts))
-
-
-def routing_summary(load: Tensor, experts: Tensor) -> dict:
-    """load (L, E) pairs per expert, experts (n,) experts per token -> the routing part of evaluate, {} if L
-    is 0."""
-    if not len(load):
-        return {}
-    share = load / load.sum(-1, keepdim=True).clamp(min=1)
-    entropy = torch.special.entr(share).sum(-1).mean() / math.log(load.shape[-1])
-    mean, low, high = experts.float().mean(), experts.min(), experts.max()
-    return {
-        "experts": [mean.item(), low.item(), high.item()],
-        "entropy": entropy.item(),
-        "variance": (share * load.shape[-1]).var(-1, correction=0).mean().item(),
-        "dead": (load == 0).sum().item(),
-    }
+    windows = run.dataset.val_batches(config.block_size, config.batch_size, config.eval_windows)
+    with run.autocast():
+        return evaluate_text(run.model, windows, run.dataset.tokenizer.token_bytes, router)
 
 
 HEADER = (
