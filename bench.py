@@ -119,7 +119,7 @@ SHAPES = {  # besides those of config/NAME_topk.py
     "heavy": HEAVY | {"block_size": 4096, "vocab_size": 512},
     "peers": {"n_embd": 256, "n_hidden": 680, "qk_norm": "full"},
 }
-NEAR = 0.3  # nats; differences beyond it would flatten all others
+NEAR = 0.4  # nats; differences beyond it would flatten all others
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe and Ito
 STYLES = list(itertools.product(("-", "--", ":"), COLOURS))  # of the lines in a figure, one after another
 LOOK = {"font.size": 9, "font.sans-serif": ["DejaVu Sans"], "legend.frameon": False}
@@ -1819,17 +1819,24 @@ def seeds_of(row: dict) -> list[int]:
     return [curve["seed"] for curve in row["curves"]]
 
 
-def draw_lines(x: str, y: str, figure: "Figure", found: list[tuple[str, dict]], **scale: str) -> None:
-    """A line for each row: its curves' y against their x, two of AXES."""
-    figure.set_size_inches(8, 3.8)
-    axes = figure.subplots(subplot_kw={"xlabel": AXES[x], "ylabel": AXES[y], **scale})
-    several = len({stem for stem, _ in found}) > 1
-    for place, (stem, row) in enumerate(found):
-        across, up = (np.array([curve[key] for curve in row["curves"]]) for key in (x, y))
-        label = row["what"].removesuffix(", all tokens")
-        draw_band(axes, place, across.mean(0), up, f"{stem}: {label}" if several else label)
-    axes.xaxis.set_major_formatter("{x:g}")
-    put_legend(axes)
+def draw_lines(x: str, y: str, figure: "Figure", found: list[tuple[str, dict]]) -> None:
+    """A panel for each file, with a line for each row: its curves' y against their x, two of AXES."""
+    from matplotlib.ticker import LogFormatter
+
+    files: dict[str, list[dict]] = {}
+    for stem, row in found:
+        files.setdefault(stem, []).append(row)
+    figure.set_size_inches(2 + 6 * len(files), 3.8)
+    panels = figure.subplots(1, len(files), squeeze=False, sharey=True, subplot_kw={"xscale": "log"})[0]
+    for panel, (stem, rows) in zip(panels, files.items()):
+        panel.set(title=stem, xlabel=AXES[x])
+        for place, row in enumerate(rows):
+            across, up = (np.array([curve[key] for curve in row["curves"]]) for key in (x, y))
+            draw_band(panel, place, across.mean(0), up, row["what"].removesuffix(", all tokens"))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(LogFormatter())
+        put_legend(panel)
+    panels[0].set_ylabel(AXES[y])
 
 
 def draw_band(axes: "Axes", place: int, x: Iterable[float], seeds: np.ndarray, label: str) -> None:
@@ -1848,15 +1855,15 @@ def put_legend(axes: "Axes", *more: str) -> None:
 
 
 AXES = {
-    "entropy": "entropy of the prediction (nats; a point: a twentieth of the tokens)",
+    "entropy": "entropy of the prediction (nats; a point: 1/20 of the tokens)",
     "experts": "experts per token",
-    "position": "position (tokens; a point: the mean since the one before)",
+    "position": "position (a point: the mean of the tokens since the point before)",
     "gap": "online loss less global loss (nats)",
 }
 FIGURES = {  # the parts that each may be drawn from, of which the first that has curves is taken; and how
     "curves.svg": (("quality", "online", "sparsity"), draw_curves),
     "experts_by_entropy.svg": (("difficulty",), partial(draw_lines, "entropy", "experts")),
-    "gap_by_position.svg": (("length",), partial(draw_lines, "position", "gap", xscale="log")),
+    "gap_by_position.svg": (("length",), partial(draw_lines, "position", "gap")),
 }
 
 
