@@ -102,7 +102,7 @@ SWITCH_WINDOWS = 64  # of the text, in switch
 QUALITY_PROBLEMS = 60  # of each level of arithmetic
 JUDGED_TOKENS = 2**17  # of the validation text, by which trained models are compared
 SEEDS, QUICK_SEEDS = 3, 2
-QUICK = 4  # --quick has so many times fewer of
+QUICK = 4  # --quick has so many times fewer judged tokens, and fewer of
 QUICKENED = ("max_iters", "warmup_iters", "lr_decay_iters", "first_iters", "eval_interval")
 SECONDS = "took {} seconds"  # a line of train.txt
 TUNING = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3}  # of a run that goes on
@@ -895,7 +895,8 @@ def bench_quality(bench: Bench) -> list[dict]:
     all of the budget, of which a strict stand-in leaves some. "to base" is the difference to the first router
     for the same k and seed, with the standard error of its mean over seeds, as is all behind a +-. Load:
     entropy of the experts' shares (1: uniform), variance of share * E (0: uniform), experts without any
-    token. Runs are kept in out/quality, and what is finished is not run again.
+    token. "minutes": of the training with its evaluations, by the clock. Runs are kept in out/quality, and
+    what is finished is not run again.
     """
     ks = [k.strip() for k in (bench.config.ks or str(k_of(bench))).split(",")]
     for k in ks:
@@ -1171,8 +1172,9 @@ def open_run(bench: Bench, folder: Path, tokens: int | None = None, **changes) -
     checkpoint, dataset = load_run(folder)
     settings = checkpoint["train_config"] | changes
     model = MoEGPT.from_checkpoint(checkpoint, **changes).to(bench.device).eval()
-    windows = (tokens or JUDGED_TOKENS) // settings["block_size"]
-    batches = dataset.val_batches(settings["block_size"], settings["batch_size"], windows)
+    T, tokens = settings["block_size"], tokens or JUDGED_TOKENS
+    tokens = min(tokens, JUDGED_TOKENS // QUICK) if bench.config.quick else tokens
+    batches = dataset.val_batches(T, settings["batch_size"], max(1, tokens // T))
     return Opened(model, dataset, batches)
 
 
