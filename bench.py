@@ -26,7 +26,7 @@ what is finished is not run again, what was stopped goes on, and the claims shar
      5 batches     of how many sequences                  11 discount  a rule without max_experts
      6 difficulty  do hard tokens get more experts?       12 prune     a quarter of the experts dropped
 
-Every run ends with one line of JSON, which --json keeps.
+Every run ends with one line of JSON, which --json keeps if it has any figure.
 """
 
 import copy
@@ -92,6 +92,7 @@ if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
 
 HOME = Path(__file__).parent
 RUNS = Path("out/quality")
+CODE = repr([(HOME / name).read_bytes() for name in ("bench.py", "model.py", "router.py")])
 PLAIN = [name for name, row in ROUTERS.items() if not row.needs]  # routers that any model can run under
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # steps of an Expert Cache, one of which merges its buffers
@@ -890,13 +891,15 @@ class Arm:
 def bench_quality(bench: Bench) -> list[dict]:
     """Routers compared by training: same config, data order, initial weights and budget k, several seeds.
 
-    "nats" and "bits/byte" are causal: validation under what decodes, as a user of the model would get it.
+    "nats" and "bits/byte" are causal: the loss of JUDGED_TOKENS of validation text (--quick: a quarter) after
+    the last iteration, under what decodes, as a user of the model would get it.
     "as trained" is under the router itself, and "leak" what that gains: by seeing the future, and by spending
     all of the budget, of which a strict stand-in leaves some. "to base" is the difference to the first router
     for the same k and seed, with the standard error of its mean over seeds, as is all behind a +-. Load:
     entropy of the experts' shares (1: uniform), variance of share * E (0: uniform), experts without any
-    token. "minutes": of the training with its evaluations, by the clock. Runs are kept in out/quality, and
-    what is finished is not run again.
+    token. "steps/s": the median of the training, without evaluations; "minutes": all of it, by the clock.
+    "dense" has no experts, and other initial weights. Runs are kept in out/quality, and what is finished is
+    not run again.
     """
     ks = [k.strip() for k in (bench.config.ks or str(k_of(bench))).split(",")]
     for k in ks:
@@ -931,7 +934,7 @@ def recipe(config: BenchConfig, router: str, k: int) -> dict[str, object]:
             "bias_rate": 0.001,
             **alone,
         },
-        "dense": {"router": "topk", "n_expert": 1, "k": 1, "n_hidden": k * shared["n_hidden"]},
+        "dense": {"router": "topk", "n_expert": 1, "k": 1, "dense_hidden": k * shared["n_hidden"]},
         "expert_threshold": {**alone, **warm_up},
         "remoe": alone,
         "null_experts": {"n_null": shared["n_expert"], "balance_coef": 0.02},  # as in arXiv 2601.15370
@@ -958,9 +961,10 @@ def judged(bench: Bench, arms: list[Arm], judge: Callable[[Arm, Path], Iterable[
     runs: dict[str, dict[int, dict]] = {}
     bases = {}
     for arm, seed, folder in trained(bench, arms):
-        for name, base, figures in judge(arm, folder):
-            runs.setdefault(name, {})[seed] = figures
-            bases[name] = base
+        with bench.autocast():  # as in training
+            for name, base, figures in judge(arm, folder):
+                runs.setdefault(name, {})[seed] = figures
+                bases[name] = base
     return [quality_row(name, found, runs.get(bases[name], {})) for name, found in runs.items()]
 
 
@@ -969,14 +973,13 @@ def compare(bench: Bench, arms: list[Arm]) -> list[dict]:
 
     Figures are kept with the run, under a name that differs where the code or --problems do.
     """
-    made_by = [(HOME / name).read_bytes() for name in ("bench.py", "model.py", "router.py")]
-    made_by = hashlib.sha256(repr([*made_by, bench.config.problems]).encode()).hexdigest()[:8]
+    made_by = hashlib.sha256(f"{CODE} {bench.config.problems}".encode()).hexdigest()[:8]
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
         load_run(folder)  # raises if its data are not those of today
         kept = folder / f"figures-{made_by}.json"
         if not kept.is_file():
-            whole = kept.with_suffix(".tmp")
+            whole = kept.with_suffix(f".{os.getpid()}.tmp")
             whole.write_text(json.dumps(run_figures(bench, folder)))
             whole.replace(kept)
         yield arm.name, arm.base, json.loads(kept.read_text())
@@ -990,14 +993,16 @@ def trained(bench: Bench, arms: list[Arm]) -> Iterator[tuple[Arm, int, Path]]:
     Left out, with a line that says so, is what fails and what would begin after the deadline.
     """
     config = bench.config
-    shared_settings(config)
+    shared_settings(config)  # raises for a config that no run could share
     seeds = range(config.seed, config.seed + (config.seeds or (QUICK_SEEDS if config.quick else SEEDS)))
     for seed, arm in tqdm([(seed, arm) for seed in seeds for arm in arms], unit="run", disable=None):
         if all(train_run(bench, run, seed) for run in filter(None, (arm.after, arm))):
             yield arm, seed, run_folder(config, arm, seed)
         else:
-            bench.missing.append(f"{arm.name}, seed {seed}")
-            tqdm.write(f"missing: {bench.missing[-1]}")
+            name = f"{arm.name}, seed {seed}"
+            tqdm.write(f"missing: {name}")
+            if name not in bench.missing:
+                bench.missing.append(name)
 
 
 def shared_settings(config: BenchConfig) -> dict[str, object]:
@@ -1049,9 +1054,9 @@ def train_run(bench: Bench, arm: Arm, seed: int) -> bool:
         return finished.is_file()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "train.txt", "a") as output:
-        fcntl.flock(output, fcntl.LOCK_EX)  # train.py inherits it: nobody else trains here until that ends
-        if finished.is_file():
-            return True
+        lock(output)
+        if finished.is_file() or time.monotonic() >= bench.deadline:
+            return finished.is_file()
         settings = run_settings(bench.config, arm, seed) | {"sample_tokens": 0, "out_dir": folder}
         if (folder / "last.pt").is_file():
             settings["init_from"] = "resume"
@@ -1059,13 +1064,28 @@ def train_run(bench: Bench, arm: Arm, seed: int) -> bool:
             (folder / "log.jsonl").unlink(missing_ok=True)  # of a start that was cut short
         command = [sys.executable, str(HOME / "train.py"), *map(command_line, settings.items())]
         code = wait_for(command, output)
-    if code or not is_whole(folder, settings["max_iters"]):
-        last = (folder / "train.txt").read_text().strip().splitlines()[-1:]
-        tqdm.write(f"{arm.name}, seed {seed} failed: {' '.join(last)} (more in {folder / 'train.txt'})")
-        return False
-    (folder / "best.pt").unlink(missing_ok=True)  # large, and nothing here reads it
-    finished.touch()
+        if code or not is_whole(folder, settings["max_iters"]):
+            tqdm.write(f"{arm.name}, seed {seed} failed: {last_words(folder / 'train.txt')}")
+            return False
+        (folder / "best.pt").unlink(missing_ok=True)  # large, and nothing here reads it
+        finished.touch()
     return True
+
+
+def lock(file: IO) -> None:
+    """Wait until nobody else has a lock on the file. Processes that write to it inherit this one."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        tqdm.write(f"waiting for another process that trains in {Path(file.name).parent}")
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def last_words(path: Path) -> str:
+    """The last line that train.py wrote to train.txt, and where there is more."""
+    lines = path.read_text().strip().splitlines()
+    said = [line for line in lines if not re.fullmatch(SECONDS.format(r"[\d.]+"), line)]
+    return f"{' '.join(said[-1:])} (more in {path})"
 
 
 def is_whole(folder: Path, iterations: int) -> bool:
@@ -1099,9 +1119,10 @@ def command_line(setting: tuple[str, object]) -> str:
 
 
 def run_figures(bench: Bench, folder: Path) -> dict[str, object]:
-    """What a finished run of train.py has come to, by its last checkpoint and its log."""
-    run, settings = open_run(bench, folder), load_run(folder)[0]["train_config"]
-    causal, as_trained = (judge_text(bench, run, name) for name in (run.decode, run.model.config.router))
+    """What a finished run of train.py has come to: by its last checkpoint and, of its course, by its log."""
+    run = open_run(bench, folder)
+    router, causal = run.model.config.router, judge_text(run, run.decode)
+    as_trained = causal if router == run.decode else judge_text(run, router)
     figures = {"nats": causal["loss"], "bits/byte": causal["bpb"], "as trained": as_trained["loss"]}
     figures["leak"] = causal["loss"] - as_trained["loss"]
     if "experts" in causal:
@@ -1115,7 +1136,7 @@ def run_figures(bench: Bench, folder: Path) -> dict[str, object]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     evals = [line for line in lines if line["kind"] == "eval"]
     figures["curve"] = {"step": [e["step"] for e in evals], "nats": [e["causal"]["loss"] for e in evals]}
-    per_step = [settings[key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")]
+    per_step = [run.settings[k] for k in ("batch_size", "gradient_accumulation_steps", "block_size")]
     rate = median(line["tokens_per_second"] for line in lines if line["kind"] == "train")
     seconds = re.findall(SECONDS.format(r"([\d.]+)"), (folder / "train.txt").read_text())
     return figures | {"steps/s": rate / math.prod(per_step), "minutes": sum(map(float, seconds)) / 60}
@@ -1150,7 +1171,8 @@ class Opened(NamedTuple):
 
     model: MoEGPT
     dataset: data.Dataset
-    batches: list[tuple[Tensor, Tensor]]  # of its validation windows
+    batches: list[tuple[Tensor, Tensor]]  # of validation windows
+    settings: dict  # of train.py
 
     @property
     def decode(self) -> str:
@@ -1161,31 +1183,32 @@ def load_run(folder: Path) -> tuple[dict, data.Dataset]:
     """The last checkpoint of a run, and its dataset. Raises ValueError if that was prepared anew since."""
     checkpoint = load_checkpoint(folder / "last.pt")
     dataset = data.load(checkpoint["train_config"]["dataset"])
+    tokenizer = data.make_tokenizer(checkpoint["tokenizer"])
     same = checkpoint["source_sha256"] == dataset.meta["source_sha256"]
-    remedy = f"that of the runs: delete {RUNS} to train them again"
-    require(same, f"the data in {dataset.folder}", f"other than when {folder.name} was trained", remedy)
+    same = same and tokenizer.fingerprint == dataset.tokenizer.fingerprint
+    remedy = f"the same: delete {folder} to train it again"
+    require(same, f"the data in {dataset.folder}", "other than when a run was trained", remedy)
     return checkpoint, dataset
 
 
 def open_run(bench: Bench, folder: Path, tokens: int | None = None, **changes) -> Opened:
-    """The last checkpoint of a run, some fields of its config changed, to be judged by so many tokens."""
+    """The last checkpoint of a run, some fields of its config changed, to be judged by so many tokens (None:
+    JUDGED_TOKENS)."""
     checkpoint, dataset = load_run(folder)
     settings = checkpoint["train_config"] | changes
     model = MoEGPT.from_checkpoint(checkpoint, **changes).to(bench.device).eval()
-    T, tokens = settings["block_size"], tokens or JUDGED_TOKENS
-    tokens = min(tokens, JUDGED_TOKENS // QUICK) if bench.config.quick else tokens
-    batches = dataset.val_batches(T, settings["batch_size"], max(1, tokens // T))
-    return Opened(model, dataset, batches)
+    tokens = JUDGED_TOKENS // QUICK if bench.config.quick else tokens or JUDGED_TOKENS
+    windows = max(1, tokens // settings["block_size"])
+    batches = dataset.val_batches(settings["block_size"], settings["batch_size"], windows)
+    return Opened(model, dataset, batches, settings)
 
 
-def judge_text(bench: Bench, run: Opened, router: str) -> dict:
-    """evaluate_text of the run's batches, computed as in training."""
-    with bench.autocast():
-        return evaluate_text(run.model, run.batches, run.dataset.tokenizer.token_bytes, router)
+def judge_text(run: Opened, router: str) -> dict:
+    return evaluate_text(run.model, run.batches, run.dataset.tokenizer.token_bytes, router)
 
 
 def loss_figures(bench: Bench, run: Opened, router: str) -> dict[str, float]:
-    found = judge_text(bench, run, router)
+    found = judge_text(run, router)
     return {"nats": found["loss"], "bits/byte": found["bpb"], "experts per token": found["experts"][0]}
 
 
@@ -1197,15 +1220,18 @@ def by_token(bench: Bench, run: Opened, router: str) -> tuple[Tensor, Tensor, Te
     """
     whole, name = run.dataset.val_answers is None, run.dataset.folder.name
     require(whole, "dataset", name, "one of which all tokens are learned")
-    found = []
+    windows, T = sum(len(x) for x, _ in run.batches), run.batches[0][0].shape[1]
+    loss, entropy = torch.empty(2, windows, T)
+    experts = torch.empty(windows, T, len(run.model.expert_layers()), dtype=torch.int64)
+    end = 0
     for x, y in run.batches:
-        with bench.autocast():
-            logits, _, stats = run.model(x.to(bench.device), router=router)
+        logits, _, stats = run.model(x.to(bench.device), router=router)
         log_share = logits.log_softmax(-1)
-        loss = -log_share.gather(-1, y.to(bench.device).unsqueeze(-1)).squeeze(-1)
-        entropy = -(log_share.exp() * log_share).sum(-1)
-        found.append((loss.cpu(), entropy.cpu(), stats.experts.movedim(0, -1).cpu()))
-    return tuple(map(torch.cat, zip(*found)))
+        start, end = end, end + len(x)
+        loss[start:end] = -log_share.gather(-1, y.to(bench.device).unsqueeze(-1)).squeeze(-1)
+        entropy[start:end] = -(log_share.exp() * log_share).sum(-1)
+        experts[start:end] = stats.experts.movedim(0, -1)
+    return loss, entropy, experts
 
 
 def bench_sparsity(bench: Bench) -> list[dict]:
@@ -1214,7 +1240,7 @@ def bench_sparsity(bench: Bench) -> list[dict]:
 
 
 def bench_finetune(bench: Bench) -> list[dict]:
-    """Claim 2: a TopK checkpoint trained on with SeqTopK for 100 iterations, against 100 more of TopK.
+    """Claim 2: a TopK checkpoint trained on with SeqTopK for 100 iterations (--quick: 25), or with TopK.
 
     The first rows are the checkpoint itself, decoded under other rules without any training.
     """
@@ -1496,7 +1522,7 @@ def bench_gap(bench: Bench) -> list[dict]:
 
     "gap" is the loss less that under SeqTopK of the same weights. With a prior of n0 tokens a text begins
     as if after n0 usual ones: quantiles of the scores that the trained model gives to training text. n0=0 is
-    online SeqTopK, and the largest n0 all but a fixed threshold. The last rows had 100 iterations more.
+    online SeqTopK, and the largest n0 all but a fixed threshold. The last rows had more iterations.
     """
     seqtopk = router_arms(["seqtopk"], k_of(bench))[0]
     tuned = tuned_arms(bench, seqtopk, ["seqtopk", "online_seqtopk"])
@@ -1806,15 +1832,15 @@ def draw_routers(losses: "Axes", differences: "Axes", rows: list[dict]) -> None:
         label = row["what"].rpartition(", ")[0]
         draw_band(losses, place, steps, nats, label)
         paired = nats - base if seeds_of(row) == seeds_of(rows[0]) else nats[:0]
-        if place and len(paired):
-            middle, error = mean_and_error(paired[:, -1].tolist())
-            label += f" {middle:+.3f}" + (f" ± {error:.3f}" if len(paired) > 1 else "")
+        if "nats, to base" in row:
+            middle, error = row["nats, to base"]
+            label += f" {middle:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
         draw_band(differences, place, steps, paired, label)
     bottom, top = differences.get_ylim()
     differences.set_ylim(max(bottom, -NEAR), min(top, NEAR))
     losses.set(xlabel="training step", ylabel="causal validation loss (nats per token)")
     differences.set(xlabel="training step", ylabel=f"difference to {rows[0]['what']}, same seed (nats)")
-    put_legend(differences, "number: the last difference")
+    put_legend(differences, "number: that of the table, after the last step")
 
 
 def seeds_of(row: dict) -> list[int]:
@@ -1952,5 +1978,11 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # as Ctrl-C: a training that this began shall stop and save
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     with bad_input_exits():
         main(sys.argv[1:])

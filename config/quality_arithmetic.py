@@ -6,4 +6,4 @@ n_hidden = 64
 batch_size = 4
 max_iters = 800  # too few to solve many problems, enough to see which tokens are hard
 eval_interval = 160
-warmup_iters = 100  # as everywhere; said here, --quick shortens it
+warmup_iters = 100  # the default, said here for --quick to shorten it
