@@ -1657,7 +1657,7 @@ def cell(value: object, signed: bool = False) -> str:
         exact = middle % 1 == 0 and not error
         decimals = 0 if exact else max(0, 5 - len(f"{abs(middle) // 1:.0f}"))  # five digits, as kept
         if error:
-            decimals = max(decimals, math.ceil(-math.log10(error)))  # a small error is no 0
+            decimals = max(decimals, min(5, math.ceil(-math.log10(error))))  # a small error is no 0
         text = f"{middle:{'+' * signed},.{decimals}f}"
         return text if exact or error is None else f"{text} +-{error:,.{decimals}f}"
     if isinstance(value, list):
