@@ -104,7 +104,7 @@ QUALITY_PROBLEMS = 60  # of each level of arithmetic
 JUDGED_TOKENS = 2**17  # of the validation text, by which trained models are compared
 SEEDS, QUICK_SEEDS = 3, 2
 QUICK = 4  # --quick has so many times fewer judged tokens, and fewer of
-QUICKENED = ("max_iters", "warmup_iters", "lr_decay_iters", "first_iters", "eval_interval")
+QUICKENED = ("max_iters", "warmup_iters", "lr_decay_iters", "first_iters", "eval_interval", "eval_windows")
 SECONDS = "took {} seconds"  # a line of train.txt
 TUNING = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3}  # of a run that goes on
 LENGTHS = (256, 1024, 2048)
@@ -1819,19 +1819,24 @@ def draw_curves(figure: "Figure", found: list[tuple[str, dict]]) -> None:
     groups: dict[tuple[str, str], list[dict]] = {}
     for stem, row in found:
         groups.setdefault((stem, row["what"].rpartition(", ")[2]), []).append(row)
+    routers = list(dict.fromkeys(router_of(row) for _, row in found))  # each has one colour in all panels
     figure.set_size_inches(11, 3.6 * len(groups))
     for (titles, rows), panels in zip(groups.items(), figure.subplots(len(groups), 2, squeeze=False)):
-        draw_routers(*panels, rows)
+        draw_routers(*panels, rows, routers)
         panels[0].set_title(", ".join(titles))
 
 
-def draw_routers(losses: "Axes", differences: "Axes", rows: list[dict]) -> None:
+def router_of(row: dict) -> str:
+    return row["what"].rpartition(", ")[0]
+
+
+def draw_routers(losses: "Axes", differences: "Axes", rows: list[dict], routers: list[str]) -> None:
     """Losses, and differences paired by seed: none for a row that has not the seeds of the first."""
     steps = rows[0]["curves"][0]["step"][1:]  # before the first step all are alike
     base = np.array([curve["nats"][1:] for curve in rows[0]["curves"]])  # (seeds, n)
-    for place, row in enumerate(rows):
+    for row in rows:
         nats = np.array([curve["nats"][1:] for curve in row["curves"]])
-        label = row["what"].rpartition(", ")[0]
+        label, place = router_of(row), routers.index(router_of(row))
         draw_band(losses, place, steps, nats, label)
         paired = nats - base if seeds_of(row) == seeds_of(rows[0]) else nats[:0]
         if "nats, to base" in row:
