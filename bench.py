@@ -156,7 +156,7 @@ class BenchConfig:
     routers: str = ",".join(PLAIN)  # quality: what to compare; the first is what others are compared to
     ks: str | None = None  # quality: values of k, each compared for itself (none: k)
     seeds: int | None = None  # quality, claims: runs of each kind, from `seed` on (none: 3, quick 2)
-    quick: bool = False  # quality, claims: a quarter of the iterations, for a look in minutes
+    quick: bool = False  # quality, claims: a quarter of iterations and of judged text, for a look in minutes
     budget: float | None = None  # quality, claims: minutes after which no training begins
     json: str | None = None  # file to keep the results in
     plot: str | None = None  # file to draw the ratios to; needs matplotlib
