@@ -1985,10 +1985,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for number in (
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # as Ctrl-C: a training that this began shall stop and save
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what trains for this shall stop and save
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     with bad_input_exits():

@@ -169,8 +169,8 @@ def expert_threshold(scores: Tensor, k: int) -> Tensor:
     A router gets scores with the bias added, and here the bias is 1 - cutoff: `cutoff_update` keeps it where
     an expert takes a share k / E of all tokens. Before the first update it is 0 and no sigmoid is above 1, so
     that no token gets an expert; in a run that goes on under another router it stays that router's bias.
-    Sigmoids are told apart while logits are well within -15 and 15. The paper
-    also limits, in training, how many tokens an expert takes; nothing does here.
+    Sigmoids are told apart while logits are well within -15 and 15. The paper also limits, in training, how
+    many tokens an expert takes; nothing does here.
 
     scores (B, T, E), lifted by the bias -> mask (B, T, E).
     """
@@ -548,9 +548,8 @@ class Router(NamedTuple):
     decode: str  # the causal router that stands in when text is generated or a likelihood is reported
     options: tuple[str, ...] = ()  # the settings it takes besides k; "strict" means at most k pairs a token
     cache: type[ExpertCache] | None = None  # what decoding must remember; takes the same settings
-    needs: tuple[
-        tuple[str, object], ...
-    ] = ()  # settings that make it what it is; bias_rate=0: it has no bias
+    # settings that make it what it is, and their values; with bias_rate=0 it is given no bias of another run
+    needs: tuple[tuple[str, object], ...] = ()
     cutoffs: bool = False  # training moves the bias by cutoff_update
     l1: bool = False  # training adds l1_loss
 
