@@ -92,7 +92,7 @@ if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
 
 HOME = Path(__file__).parent
 RUNS = Path("out/quality")
-CODE = repr([(HOME / name).read_bytes() for name in ("bench.py", "model.py", "router.py")])
+CODE = b"".join((HOME / name).read_bytes() for name in ("bench.py", "model.py", "router.py"))
 PLAIN = [name for name, row in ROUTERS.items() if not row.needs]  # routers that any model can run under
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # steps of an Expert Cache, one of which merges its buffers
@@ -973,7 +973,7 @@ def compare(bench: Bench, arms: list[Arm]) -> list[dict]:
 
     Figures are kept with the run, under a name that differs where the code or --problems do.
     """
-    made_by = hashlib.sha256(f"{CODE} {bench.config.problems}".encode()).hexdigest()[:8]
+    made_by = hashlib.sha256(CODE + str(bench.config.problems).encode()).hexdigest()[:8]
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
         load_run(folder)  # raises if its data are not those of today
