@@ -8,7 +8,7 @@
     python bench.py sparsity --quick                     one of the claims below, in minutes
     python bench.py --json=results/laptop.json --plot=plots/laptop.png
     python bench.py table                                the table of README.md, from results/*.json
-    python bench.py table results/FILE.json              all rows of a file, as tables for EXPERIMENTS.md
+    python bench.py table results/FILE.json              all rows of a file, as tables
     python bench.py figures                              the figures of README.md, from results/*.json
 
 Speed: what is compared is run as A B A B ..., and a ratio is the median over these pairs, with the quartiles
@@ -66,7 +66,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-from config import bad_input_exits, parse, read_file
+from config import bad_input_exits, parse, read_file, require
 from config.device import give_back_freed_memory, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from data import AnyTokenizer
 from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of, result_of
@@ -82,7 +82,6 @@ from model import (
     MoEGPT,
     evaluate_text,
     load_checkpoint,
-    require,
 )
 from router import ROUTERS, ExpertCache, online_seqtopk, pseudo_candidates, seqtopk
 
@@ -91,6 +90,7 @@ if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
     from matplotlib.figure import Figure
 
 HOME = Path(__file__).parent
+RESULTS = HOME / "experiments" / "results"
 RUNS = Path("out/quality")
 CODE = b"".join((HOME / name).read_bytes() for name in ("bench.py", "model.py", "router.py"))
 PLAIN = [name for name, row in ROUTERS.items() if not row.needs]  # routers that any model can run under
@@ -1952,9 +1952,9 @@ def run_part(name: str, bench: Bench) -> list[dict]:
 def main(argv: list[str]) -> None:
     """Do what is asked for. Raises ValueError or OSError for bad input."""
     if argv[:1] == ["table"]:
-        return print("\n\n".join(map(report_tables, map(Path, argv[1:]))) or readme_table(HOME / "results"))
+        return print("\n\n".join(map(report_tables, map(Path, argv[1:]))) or readme_table(RESULTS))
     if argv == ["figures"]:
-        return print(*save_figures(HOME / "results"), sep="\n")
+        return print(*save_figures(RESULTS), sep="\n")
     names, config = read_command(argv)
     bench = make_bench(config)
     if not bench.gpu:

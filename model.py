@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import require
 from router import ROUTERS, ExpertCache, Router, check_bounds, check_slots, load_balance_loss, z_loss
 
 
@@ -106,12 +107,6 @@ class MoEConfig:
 
     def has_experts(self, layer: int) -> bool:
         return self.n_expert > 1 and layer >= self.n_dense_layer
-
-
-def require(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise ValueError, naming the setting, its value and what is allowed, unless it is ok."""
-    if not ok:
-        raise ValueError(f"{name} is {value}, but must be {allowed}")
 
 
 def check_router(config: MoEConfig, name: str) -> None:

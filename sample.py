@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from config import bad_input_exits, parse
+from config import bad_input_exits, parse, require
 from config.device import pick_device, pick_dtype
 from data import AnyTokenizer, hf_tokenizer, make_tokenizer
-from model import TEMPERATURE, TOP_P, Cache, Chunk, MoEConfig, MoEGPT, load_checkpoint, require, sample_token
+from model import TEMPERATURE, TOP_P, Cache, Chunk, MoEConfig, MoEGPT, load_checkpoint, sample_token
 
 # Background and text colours (of a terminal's 256) of tokens with fewer experts than k, about k, and more.
 COLOURS = [(25, 231), (68, 16), (110, 16), (252, 16), (216, 16), (203, 16), (160, 231)]

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import data
-from config import bad_input_exits, parse
+from config import bad_input_exits, parse, require
 from config.device import DTYPES, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from model import (
     ROUTING,
@@ -42,7 +42,6 @@ from model import (
     evaluate_text,
     load_checkpoint,
     pretrained_config,
-    require,
     save_checkpoint,
 )
 from router import (

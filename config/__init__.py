@@ -53,6 +53,12 @@ def parse(argv: list[str], cls: type) -> tuple[dict[str, Any], list[Path]]:
     return given, files
 
 
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ValueError, naming the setting, its value and what is allowed, unless it is ok."""
+    if not ok:
+        raise ValueError(f"{name} is {value}, but must be {allowed}")
+
+
 @contextlib.contextmanager
 def bad_input_exits() -> Iterator[None]:
     """Turn a ValueError or OSError, which a user's input caused, into one line on stderr and exit code 2."""

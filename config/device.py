@@ -53,7 +53,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep large freed blocks for the next tensors, where it is glibc.
 
     It would give each back to the system, which fills in fresh memory page by page at the next use: about a
-    twelfth to a third of a training step on a CPU (EXPERIMENTS.md).
+    twelfth to a third of a training step on a CPU (experiments/README.md).
     """
     if mallopt := glibc("mallopt"):
         M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
