@@ -1,4 +1,4 @@
-# What bench.py compares routers by: a minute on two CPU cores, so that a table has many settings and seeds.
+# What experiments compare routers by: a minute on two CPU cores, so that a table has many settings and seeds.
 from config.tiny_topk import *
 
 n_expert = 32  # k = 8, 4 and 2 are a quarter, an eighth and a sixteenth of them

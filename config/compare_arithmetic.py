@@ -1,4 +1,4 @@
-# config/quality.py on word problems, where it is known which tokens are hard.
+# config/compare.py on word problems, where it is known which tokens are hard.
 from config.arithmetic_topk import *
 
 n_expert = 32

@@ -1,4 +1,0 @@
-# config/quality.py where a token may get no expert at all under SeqTopK.
-from config.quality import *
-
-min_experts = 0

@@ -1,0 +1,459 @@
+"""What the questions of this folder share: train what is compared, open and judge it, put means into rows.
+
+A question is a list of arms, each a kind of run of train.py, for --seeds seeds; arms are paired by seed. Runs
+are kept in out/experiments under a name that says their settings: what is finished is not run again, what was
+stopped goes on, and the questions share runs.
+"""
+
+import fcntl
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import IO, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import bench
+import data
+from config import bad_input_exits, parse, read_file, require
+from experiments import solve
+from model import MoEConfig, MoEGPT, evaluate_text, load_checkpoint
+from router import ROUTERS
+
+RUNS = Path("out/experiments")
+CODE = [bench.HOME / name for name in ("experiments/lab.py", "experiments/solve.py", "train.py", "model.py")]
+CODE += [bench.HOME / "router.py"]
+SEEDS, QUICK_SEEDS = 3, 2
+QUICK = 4  # --quick has so many times fewer judged tokens, and fewer of
+QUICKENED = ("max_iters", "warmup_iters", "lr_decay_iters", "first_iters", "eval_interval", "eval_windows")
+JUDGED_TOKENS = 2**17  # of the validation text, by which trained models are compared
+PROBLEMS = 60  # of each level, if the data are arithmetic
+USUAL_TOKENS = 2**14  # of the training text that tell how a trained model routes
+TUNING = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3}  # of a run that goes on
+OTHER_BATCHES = 1000  # from the seed of a run to that of another that goes on with its weights
+SECONDS = "took {} seconds"  # a line of train.txt
+COLUMNS = {
+    "runs": "seeds; behind +- is the standard error of the mean over them",
+    "nats": "loss of the validation text under the rule that decodes (unless said), as a user would get it",
+    "bits/byte": "the same in bits per byte of the text",
+    "as trained": "the loss under the router that trained, which may see the future",
+    "leak": "nats less as trained: what seeing the future gains, and spending all of the budget",
+    "experts per token": "mean over tokens and layers",
+    "load entropy": "of the experts' shares of the pairs (1: uniform)",
+    "load variance": "of share * E (0: uniform)",
+    "dead": "experts without any token, of all layers",
+    "exact match": "share of the test problems that are solved",
+    "steps/s": "the median of the training, without evaluations",
+    "minutes": "all of the training, by the clock",
+    "nats, to base": "the difference to the row that it is compared to, paired by seed",
+    "exact match, to base": "likewise",
+}
+
+
+@dataclass(frozen=True)
+class Options(bench.Options):
+    """What is trained."""
+
+    config: str = "config/compare.py"  # settings of train.py that all runs share
+    seeds: int | None = None  # runs of each kind, from `seed` on (none: 3, quick 2)
+    quick: bool = False  # a quarter of iterations and of judged text, for a look in minutes
+    budget: float | None = None  # minutes after which no training begins
+    compile: str = "auto"  # torch.compile in training: auto, true or false
+
+    may_be_0 = ("seed", "budget")
+
+
+@dataclass(frozen=True)
+class OptionsK(Options):
+    """How many experts."""
+
+    k: int | None = None  # experts per token on average (none: as in --config)
+
+
+@dataclass(frozen=True)
+class Lab(bench.Bench):
+    """The options, what computes, until when, and which trainings failed or did not begin."""
+
+    missing: list[str] = field(default_factory=list)
+
+    @cached_property
+    def deadline(self) -> float:
+        """Of time.monotonic(), after which no training begins; counted from the first look at it."""
+        return math.inf if self.config.budget is None else time.monotonic() + 60 * self.config.budget
+
+    @cached_property
+    def shared(self) -> dict[str, object]:
+        """What the config file says, and the defaults of the model.
+
+        Raises ValueError if sizes are missing, and for a dense model.
+        """
+        name = self.config.config
+        settings = asdict(MoEConfig()) | read_file(name)
+        for key in ("max_iters", "batch_size"):
+            require(key in settings, f"{key} in {name}", "not said", "said there, for the runs to share it")
+        n_expert = settings["n_expert"]
+        require(n_expert > 1, f"n_expert in {name}", n_expert, "at least 2, for routers to choose from")
+        return settings
+
+    @property
+    def k(self) -> int:
+        return self.config.k or self.shared["k"]
+
+    @property
+    def seeds(self) -> range:
+        first = self.config.seed
+        return range(first, first + (self.config.seeds or (QUICK_SEEDS if self.config.quick else SEEDS)))
+
+    def autocast(self):  # as in training
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+
+def run(answer: Callable[[Lab], list[dict]], options: type[bench.Options] = OptionsK) -> None:
+    """What the file of a question does when it is started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what trains for this shall stop and save
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    with bad_input_exits():
+        main(answer, options, sys.argv[1:])
+
+
+def main(answer: Callable[[Lab], list[dict]], options: type[bench.Options], argv: list[str]) -> None:
+    """Answer a question: its docstring, its table, what the columns are, and a line of JSON.
+
+    Raises ValueError or OSError for bad input.
+    """
+    question = answer.__globals__["__doc__"].strip()
+    if "--help" in argv or "-h" in argv:
+        print(question + "\n")
+    lab = Lab.of(options(**parse(argv, options)[0]))
+    if lab.config.json:  # now, and not when the minutes are spent
+        bench.check_writable(Path(lab.config.json))
+    name = Path(inspect.getfile(answer)).stem
+    report = bench.measure(lab, {name: (question, answer)}) | {"missing": lab.missing}
+    columns = dict.fromkeys(key for row in report["parts"].get(name, []) for key in row)
+    print(*(f"{key}: {COLUMNS[key]}" for key in columns if key in COLUMNS), sep="\n")
+    bench.finish(report, lab.config.json)
+
+
+# -------------------- arms and their rows -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One kind of run in a comparison."""
+
+    name: str
+    settings: dict[str, object]  # of train.py, beyond those that all share
+    base: str  # name of the arm that it is compared to
+    after: "Arm | None" = None  # the arm whose last checkpoint it starts from
+    file: Path | None = None  # that defines its router, if router.py does not
+
+
+def router_arms(routers: list[str], k: int, **settings) -> list[Arm]:
+    """An arm for each router with k experts per token, compared to the first."""
+    return [
+        Arm(f"{router}, k={k}", {"router": router, "k": k, **settings}, f"{routers[0]}, k={k}")
+        for router in routers
+    ]
+
+
+def vary(arm: Arm, **settings) -> Arm:
+    """The arm with other settings, compared to the arm."""
+    said = ", ".join(f"{key}={value}".lower() for key, value in settings.items())
+    return replace(arm, name=f"{arm.name}, {said}", settings=arm.settings | settings, base=arm.name)
+
+
+def tuned_arms(lab: Lab, first: Arm, routers: list[str]) -> list[Arm]:
+    """Runs that go on where those of `first` ended, one for each router, compared to the first of these."""
+    iterations = TUNING["max_iters"] // (QUICK if lab.config.quick else 1)
+    name = f"{first.name}, {iterations} more of {{}}"
+    return [
+        Arm(name.format(router), {"router": router, "k": lab.k, **TUNING}, name.format(routers[0]), first)
+        for router in routers
+    ]
+
+
+Judged = tuple[str, str, dict]  # the name of a row, that of the row it is compared to, and its figures
+
+
+def judged(lab: Lab, arms: list[Arm], judge: Callable[[Arm, Path], Iterable[Judged]]) -> list[dict]:
+    """A row for each name that `judge` gives to some of the runs: means over seeds."""
+    runs: dict[str, dict[int, dict]] = {}
+    bases = {}
+    for arm, seed, folder in trained(lab, arms):
+        with lab.autocast():
+            for name, base, figures in judge(arm, folder):
+                runs.setdefault(name, {})[seed] = figures
+                bases[name] = base
+    return [mean_row(name, found, runs.get(bases[name], {})) for name, found in runs.items()]
+
+
+def compare(lab: Lab, arms: list[Arm]) -> list[dict]:
+    """Train what is not trained yet, seed by seed, and put the figures of each arm into a row.
+
+    Figures are kept with the run, under a name that differs where the code does.
+    """
+    made_by = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()[:8]
+
+    def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
+        load_run(folder)  # raises if its data are not those of today
+        kept = folder / f"figures-{made_by}.json"
+        if not kept.is_file():
+            whole = kept.with_suffix(f".{os.getpid()}.tmp")
+            whole.write_text(json.dumps(run_figures(lab, folder)))
+            whole.replace(kept)
+        yield arm.name, arm.base, json.loads(kept.read_text())
+
+    return judged(lab, arms, judge)
+
+
+def mean_row(name: str, runs: dict[int, dict], base: dict[int, dict]) -> dict:
+    """Means over seeds with their standard errors; the difference to base only for seeds that both have."""
+    row = {"what": name, "runs": len(runs)}
+    both = [seed for seed in runs if seed in base]
+    for key in next(iter(runs.values())):
+        values = [run[key] for run in runs.values()]
+        if key == "curve":
+            row["curves"] = [{"seed": seed, **run[key]} for seed, run in runs.items()]
+        elif key == "tokens":
+            row["tokens"] = values[0]
+        else:
+            row[key] = mean_and_error(values)
+        if key in ("nats", "exact match") and both and runs is not base:
+            row[f"{key}, to base"] = mean_and_error([runs[seed][key] - base[seed][key] for seed in both])
+    return row
+
+
+def mean_and_error(values: list[float]) -> list[float]:
+    """Mean, and its standard error (None for one value)."""
+    return [mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None]
+
+
+# -------------------- training ----------------------------------------------------------------------------
+
+
+def trained(lab: Lab, arms: list[Arm]) -> Iterator[tuple[Arm, int, Path]]:
+    """Each arm and seed with the folder of its run, which is trained now if it is not yet; seed by seed.
+
+    Left out, with a line that says so, is what fails and what would begin after the deadline.
+    """
+    assert lab.shared  # raises for a config that no run could share
+    for seed, arm in tqdm([(s, a) for s in lab.seeds for a in arms], unit="run", disable=None):
+        if all(train_run(lab, run, seed) for run in filter(None, (arm.after, arm))):
+            yield arm, seed, run_folder(lab.config, arm, seed)
+        else:
+            name = f"{arm.name}, seed {seed}"
+            tqdm.write(f"missing: {name}")
+            if name not in lab.missing:
+                lab.missing.append(name)
+
+
+def run_settings(config: Options, arm: Arm, seed: int) -> dict[str, object]:
+    """All settings of an arm's run that are not defaults of train.py."""
+    settings = read_file(config.config) | arm.settings
+    if config.quick:
+        settings |= {key: max(1, settings[key] // QUICK) for key in QUICKENED if key in settings}
+    where = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
+    settings |= {key: value for key, value in where.items() if value != "auto"}
+    if arm.after:  # the batches of the first run shall not come again
+        start = run_folder(config, arm.after, seed) / "last.pt"
+        return settings | {"seed": seed + OTHER_BATCHES, "init_from": start}
+    return settings | {"seed": seed}
+
+
+def run_folder(config: Options, arm: Arm, seed: int) -> Path:
+    """Other settings have another folder: a config that has changed since has runs of its own."""
+    settings = run_settings(config, arm, seed)
+    digest = hashlib.sha256(str(sorted((key, str(value)) for key, value in settings.items())).encode())
+    words = "-".join(f"{key}-{value}" for key, value in sorted(arm.settings.items()))
+    return RUNS / f"{Path(config.config).stem}-{words}-seed{seed}-{digest.hexdigest()[:8]}"
+
+
+def train_run(lab: Lab, arm: Arm, seed: int) -> bool:
+    """Do or finish a run of train.py. False if it may not begin, or fails, of which a line says why."""
+    folder = run_folder(lab.config, arm, seed)
+    finished = folder / "finished"
+    if finished.is_file() or time.monotonic() >= lab.deadline:
+        return finished.is_file()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "train.txt", "a") as output:
+        lock(output)
+        if finished.is_file() or time.monotonic() >= lab.deadline:
+            return finished.is_file()
+        settings = run_settings(lab.config, arm, seed) | {"sample_tokens": 0, "out_dir": folder}
+        if (folder / "last.pt").is_file():
+            settings["init_from"] = "resume"
+        else:
+            (folder / "log.jsonl").unlink(missing_ok=True)  # of a start that was cut short
+        code = wait_for(command_line(arm, settings), output)
+        if code or not is_whole(folder, settings["max_iters"]):
+            tqdm.write(f"{arm.name}, seed {seed} failed: {last_words(folder / 'train.txt')}")
+            return False
+        (folder / "best.pt").unlink(missing_ok=True)  # large, and nothing here reads it
+        finished.touch()
+    return True
+
+
+def command_line(arm: Arm, settings: dict[str, object]) -> list[str]:
+    """What trains an arm."""
+    texts = {key: str(v).lower() if isinstance(v, bool | None) else v for key, v in settings.items()}
+    options = [f"--{key}={text}" for key, text in texts.items()]
+    return [sys.executable, str(bench.HOME / "train.py"), *map(str, filter(None, [arm.file])), *options]
+
+
+def lock(file: IO) -> None:
+    """Wait until nobody else has a lock on the file. Processes that write to it inherit this one."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        tqdm.write(f"waiting for another process that trains in {Path(file.name).parent}")
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def wait_for(command: list[str], output: IO) -> int:
+    """The exit code of a command, with a line of the seconds that it took in `output`.
+
+    After Ctrl-C, which does not reach it from the terminal, it is told to stop and has time to save.
+    """
+    start = time.monotonic()
+    process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    finally:
+        print(SECONDS.format(time.monotonic() - start), file=output, flush=True)
+
+
+def is_whole(folder: Path, iterations: int) -> bool:
+    """Whether all of a run is in its last checkpoint: a full disk ends no training."""
+    try:
+        return load_checkpoint(folder / "last.pt")["step"] == iterations
+    except ValueError:
+        return False
+
+
+def last_words(path: Path) -> str:
+    """The last line that train.py wrote to train.txt, and where there is more."""
+    lines = path.read_text().strip().splitlines()
+    said = [line for line in lines if not re.fullmatch(SECONDS.format(r"[\d.]+"), line)]
+    return f"{' '.join(said[-1:])} (more in {path})"
+
+
+# -------------------- judging what was trained ------------------------------------------------------------
+
+
+class Opened(NamedTuple):
+    """A finished run."""
+
+    model: MoEGPT
+    dataset: data.Dataset
+    batches: list[tuple[Tensor, Tensor]]  # of validation windows
+    settings: dict  # of train.py
+
+    @property
+    def decode(self) -> str:
+        return ROUTERS[self.model.config.router].decode
+
+
+def load_run(folder: Path) -> tuple[dict, data.Dataset]:
+    """The last checkpoint of a run, and its dataset. Raises ValueError if that was prepared anew since."""
+    checkpoint = load_checkpoint(folder / "last.pt")
+    dataset = data.load(checkpoint["train_config"]["dataset"])
+    tokenizer = data.make_tokenizer(checkpoint["tokenizer"])
+    same = checkpoint["source_sha256"] == dataset.meta["source_sha256"]
+    same = same and tokenizer.fingerprint == dataset.tokenizer.fingerprint
+    remedy = f"the same: delete {folder} to train it again"
+    require(same, f"the data in {dataset.folder}", "other than when a run was trained", remedy)
+    return checkpoint, dataset
+
+
+def open_run(lab: Lab, folder: Path, tokens: int | None = None, **changes) -> Opened:
+    """The last checkpoint of a run, some fields of its config changed, to be judged by so many tokens (None:
+    JUDGED_TOKENS)."""
+    checkpoint, dataset = load_run(folder)
+    settings = checkpoint["train_config"] | changes
+    model = MoEGPT.from_checkpoint(checkpoint, **changes).to(lab.device).eval()
+    tokens = JUDGED_TOKENS // QUICK if lab.config.quick else tokens or JUDGED_TOKENS
+    windows = max(1, tokens // settings["block_size"])
+    batches = dataset.val_batches(settings["block_size"], settings["batch_size"], windows)
+    return Opened(model, dataset, batches, settings)
+
+
+def judge_text(run: Opened, router: str) -> dict:
+    """evaluate_text of the validation windows."""
+    return evaluate_text(run.model, run.batches, run.dataset.tokenizer.token_bytes, router)
+
+
+def loss_figures(run: Opened, router: str) -> dict[str, float]:
+    found = judge_text(run, router)
+    return {"nats": found["loss"], "bits/byte": found["bpb"], "experts per token": found["experts"][0]}
+
+
+def run_figures(lab: Lab, folder: Path) -> dict[str, object]:
+    """What a finished run of train.py has come to: by its last checkpoint and, of its course, by its log."""
+    run = open_run(lab, folder)
+    router, causal = run.model.config.router, judge_text(run, run.decode)
+    as_trained = causal if router == run.decode else judge_text(run, router)
+    figures = {"nats": causal["loss"], "bits/byte": causal["bpb"], "as trained": as_trained["loss"]}
+    figures["leak"] = causal["loss"] - as_trained["loss"]
+    if "experts" in causal:
+        figures |= {"experts per token": causal["experts"][0], "load entropy": causal["entropy"]}
+        figures |= {"load variance": causal["variance"], "dead": causal["dead"]}
+    folder_of_data, tokenizer = run.dataset.folder, run.dataset.tokenizer
+    if folder_of_data.name == "arithmetic" and (folder_of_data / "test.jsonl").is_file():
+        problems = solve.test_problems(folder_of_data, PROBLEMS)
+        figures["exact match"] = mean(right for right, _ in solve.solve(run.model, tokenizer, problems))
+    return figures | course(folder, run.settings)
+
+
+def course(folder: Path, settings: dict) -> dict[str, object]:
+    """How a run went: losses on the way, speed, and time."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    curve = {"step": [e["step"] for e in evals], "nats": [e["causal"]["loss"] for e in evals]}
+    per_step = [settings[key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")]
+    rate = median(line["tokens_per_second"] for line in lines if line["kind"] == "train")
+    seconds = re.findall(SECONDS.format(r"([\d.]+)"), (folder / "train.txt").read_text())
+    return {"curve": curve, "steps/s": rate / math.prod(per_step), "minutes": sum(map(float, seconds)) / 60}
+
+
+@torch.no_grad()
+def by_token(run: Opened, router: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the validation windows' tokens: loss and entropy in nats (windows, T), experts (windows, T, L).
+
+    Raises ValueError for a dataset of which only answers are learned.
+    """
+    whole, device = run.dataset.val_answers is None, run.model.head.weight.device
+    require(whole, "dataset", run.dataset.folder.name, "one of which all tokens are learned")
+    parts = []
+    for x, y in run.batches:
+        logits, _, stats = run.model(x.to(device), router=router)
+        log_share = logits.log_softmax(-1)
+        loss = -log_share.gather(-1, y.to(device).unsqueeze(-1)).squeeze(-1)
+        entropy = -(log_share.exp() * log_share).sum(-1)
+        parts.append([each.cpu() for each in (loss.float(), entropy.float(), stats.experts.movedim(0, -1))])
+    return tuple(torch.cat(each) for each in zip(*parts))
+
+
+def usual_text(lab: Lab, run: Opened) -> tuple[Tensor, ...]:
+    """Batches of the training text, which tell how a trained model routes: (batch_size, T) each."""
+    size, T = run.batches[0][0].shape
+    return run.dataset.train_batch(0, USUAL_TOKENS // T, T, lab.config.seed)[0].to(lab.device).split(size)

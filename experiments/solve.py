@@ -1,0 +1,121 @@
+"""What the tasks of this folder share: open any model, let it write answers, count the right ones."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import bench
+import data
+from data import AnyTokenizer
+from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of
+from model import Chunk, MoEGPT, load_checkpoint
+
+FINAL_LINE = re.compile(FINAL_ANSWER.pattern + r"\s")  # as FINAL_ANSWER, and no more digits can follow
+CHECK_EVERY = 16  # tokens from one look for final answers to the next
+
+
+@dataclass(frozen=True)
+class Options(bench.Options):
+    """Which model."""
+
+    init_from: str | None = None  # a run, a checkpoint, or a Hugging Face model (none: the task's own run)
+    k: int | None = None  # experts per token on average (none: the model's)
+
+
+def open_model(lab: bench.Bench, run: str) -> tuple[MoEGPT, AnyTokenizer, Path]:
+    """The model of init_from, or else of `run`, its tokenizer, and the folder of the run.
+
+    A Hugging Face model has no such folder, and gets out/MODEL. A `k` that was given replaces the model's.
+    """
+    name = lab.config.init_from
+    if name and data.is_hugging_face(name):
+        tokenizer, model = data.hf_tokenizer(name), MoEGPT.from_pretrained(name, lab.device)
+        folder = Path("out") / Path(name).resolve().name
+    else:
+        path = Path(name or run)
+        path = path / "best.pt" if path.suffix != ".pt" else path
+        checkpoint, folder = load_checkpoint(path), path.parent
+        tokenizer = data.make_tokenizer(checkpoint.get("tokenizer"))
+        model = MoEGPT.from_checkpoint(checkpoint)
+    model = model.to(lab.device).cast(lab.dtype).eval()
+    return with_k(model, lab.config.k) if lab.config.k else model, tokenizer, folder
+
+
+def with_k(model: MoEGPT, k: int) -> MoEGPT:
+    """The same model, from now on with k experts per token on average, and the default bounds."""
+    changed = replace(model.config, k=k, min_experts=1, max_experts=None)
+    for module in (model, *model.expert_layers()):
+        module.config = changed
+    return model
+
+
+def test_problems(folder: Path, per_level: int) -> list[dict]:
+    """So many test problems of each level of the arithmetic in a folder, level by level."""
+    levels: dict[int, list[dict]] = {}
+    for line in (folder / "test.jsonl").read_text().splitlines():
+        problem = json.loads(line)
+        levels.setdefault(problem["level"], []).append(problem)
+    return [problem for level in sorted(levels) for problem in levels[level][:per_level]]
+
+
+def solve(
+    model: MoEGPT,
+    tokenizer: AnyTokenizer,
+    problems: list[dict],
+    router: str | None = None,
+    batch_size: int = 100,
+) -> list[tuple]:
+    """Of each problem, whether the likeliest answer is right, and the mean experts per token."""
+    solved = []
+    for start in tqdm(range(0, len(problems), batch_size), unit="batch", disable=None):
+        some = problems[start : start + batch_size]
+        room = 32 + max(len(tokenizer.encode(problem["answer"])) for problem in some)
+        answers = answer(model, tokenizer, [prompt_of(p["question"]) for p in some], room, router)
+        solved += [(is_correct(text, p["result"]), experts) for (text, experts), p in zip(answers, some)]
+    return solved
+
+
+def answer(
+    model: MoEGPT, tokenizer: AnyTokenizer, prompts: list[str], room: int, router: str | None
+) -> list[tuple[str, float]]:
+    """Of each prompt, the likeliest continuation, and the mean experts per token of both.
+
+    It ends at end-of-text, after `room` tokens, or some time after the line of its final answer.
+    """
+    device, pad = model.head.weight.device, partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
+    idx, active = pad(ids).to(device), pad([torch.ones_like(p).bool() for p in ids]).to(device)
+    cache = model.new_cache(len(prompts), idx.shape[1] + room, router)
+    chunks = []
+    for chunk in model.generate(idx, room, cache, temperature=0, stop=tokenizer.eot, active=active):
+        chunks.append(chunk)
+        if len(chunks) % CHECK_EVERY == 0:
+            texts = continuations(tokenizer, chunks)
+            if all(FINAL_LINE.search(text) or not alive for text, alive in zip(texts, chunk.active[:, -1])):
+                break
+    experts, real = (torch.cat([getattr(c, name) for c in chunks], dim=1) for name in ("experts", "active"))
+    experts = (experts.float().mean(-1) * real).sum(1) / real.sum(1)
+    return list(zip(continuations(tokenizer, chunks), experts.tolist()))
+
+
+def continuations(tokenizer: AnyTokenizer, chunks: list[Chunk]) -> list[str]:
+    """Texts of what was generated after the prompt, which is the first of the chunks."""
+    if len(chunks) == 1:
+        return [""] * len(chunks[0].tokens)
+    tokens, real = (torch.cat([getattr(c, name) for c in chunks[1:]], dim=1) for name in ("tokens", "active"))
+    return [tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens, real)]
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
+    """The share that is right, and its 95% interval (E. B. Wilson, 1927)."""
+    share, scale = right / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [share, max(0.0, middle - half), min(1.0, middle + half)]
