@@ -32,8 +32,9 @@ import bench
 import data
 from config import bad_input_exits, parse, read_file, require
 from experiments import solve
-from model import MoEConfig, MoEGPT, evaluate_text, load_checkpoint
+from model import MoEConfig, MoEGPT, load_checkpoint
 from router import ROUTERS
+from train import evaluate_text
 
 RUNS = Path("out/experiments")
 CODE = [bench.HOME / name for name in ("experiments/lab.py", "experiments/solve.py", "train.py", "model.py")]

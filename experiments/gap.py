@@ -1,0 +1,103 @@
+"""Can the gap between global training and online decoding be closed?
+
+The paper leaves it open. "gap" is the loss less that under SeqTopK of the same weights. With a prior of n0
+tokens a text begins as if after n0 usual ones: quantiles of the scores that the trained model gives to
+training text. n0=0 is online SeqTopK, to which the others are compared, and the largest n0 all but a fixed
+threshold. The last two rows had more iterations, under SeqTopK or online SeqTopK.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from experiments import lab
+from router import (
+    ROUTERS,
+    State,
+    cap_spending,
+    check_bounds,
+    count_above_threshold,
+    rank_experts,
+    take_best,
+)
+
+PRIORS = (0, 1, 4, 16, 64, 256, 4096)  # tokens
+
+
+def answer(bench: lab.Lab) -> list[dict]:
+    seqtopk = lab.router_arms(["seqtopk"], bench.k)[0]
+
+    def judge(arm: lab.Arm, folder: Path) -> Iterator[lab.Judged]:
+        opened = lab.open_run(bench, folder, router="online_seqtopk_prior")
+        globally = lab.loss_figures(opened, "seqtopk")["nats"]
+        scores = usual_scores(bench, opened)
+        for n in PRIORS:
+            for layer, found in zip(opened.model.expert_layers(), scores, strict=True):
+                config = layer.config
+                layer.state.prior = prior(found, config.k, n, config.min_experts, config.max_experts)
+            figures = lab.loss_figures(opened, opened.decode)
+            yield f"{arm.name}, n0={n}", f"{arm.name}, n0=0", figures | {"gap": figures["nats"] - globally}
+
+    tuned = lab.tuned_arms(bench, seqtopk, ["seqtopk", "online_seqtopk"])
+    return lab.judged(bench, [seqtopk], judge) + lab.compare(bench, tuned)
+
+
+@torch.no_grad()
+def usual_scores(bench: lab.Lab, opened: lab.Opened) -> list[Tensor]:
+    """Of each layer with experts, the scores that select under SeqTopK, (n, T, E), for lab.usual_text."""
+    found = [opened.model(x, router="seqtopk")[2].routing for x in lab.usual_text(bench, opened)]
+    layers = zip(opened.model.expert_layers(), zip(*found), strict=True)
+    return [torch.cat([routing.scores for routing in seen]) + layer.bias for layer, seen in layers]
+
+
+def prior(scores: Tensor, k: int, n: int, min_experts: int = 1, max_experts: int | None = None) -> Tensor:
+    """Evenly spaced quantiles of the candidates of many tokens, as many as n tokens have.
+
+    scores (B, T, E) -> (n*c,). Raises ValueError for impossible bounds (check_bounds).
+    """
+    u = check_bounds(scores.shape[-1], k, min_experts, max_experts)
+    ranked = rank_experts(scores, u)[0][..., min_experts:].flatten().sort().values
+    size = n * (u - min_experts)
+    middle = 2 * torch.arange(size, device=scores.device) + 1  # over 2 * size: integers, floats would round
+    return ranked[middle * len(ranked) // max(1, 2 * size)]
+
+
+def online_seqtopk_prior(
+    scores: Tensor,
+    k: int,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+    strict: bool = True,
+    *,
+    state: State,
+) -> Tensor:
+    """online_seqtopk after the n0 tokens of `prior`, which compete but spend nothing of the strict budget.
+
+    scores (B, T, E) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
+    """
+    B, T, E = scores.shape
+    u = check_bounds(E, k, min_experts, max_experts)
+    values, expert_ids = rank_experts(scores, u)
+    extra_budget = torch.arange(1, T + 1, device=scores.device).expand(B, T) * (k - min_experts)
+    past = state["prior"].expand(B, -1)  # (B, n0*c)
+    n0 = past.shape[1] // max(1, u - min_experts)
+    n_taken = count_above_threshold(values[..., min_experts:], past, extra_budget + n0 * (k - min_experts))
+    if strict:
+        n_taken = cap_spending(n_taken, extra_budget, torch.zeros_like(extra_budget[:, :1]))
+    return take_best(scores, expert_ids, min_experts + n_taken)
+
+
+ROUTERS["online_seqtopk_prior"] = ROUTERS["online_seqtopk"]._replace(
+    select=online_seqtopk_prior,
+    decode="online_seqtopk_prior",
+    cache=None,
+    state=lambda config: {"prior": torch.empty(0)},
+)
+
+if __name__ == "__main__":
+    lab.run(answer)

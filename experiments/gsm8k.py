@@ -1,0 +1,117 @@
+"""How many problems of GSM8K's test set does a fine-tuned run or a Hugging Face model solve?
+
+    python experiments/gsm8k.py --init_from=out/finetune_olmoe_gsm8k
+    python experiments/gsm8k.py --init_from=allenai/OLMoE-1B-7B-0924 --shots=8
+
+Answers are greedy, from KV cache and Expert Cache, many at once. "exact match": the share of right numbers
+after "####", with its 95% interval. Fine-tuned models get "Question: ...\\nAnswer:", as in training
+(data/pairs/prepare.py); others want examples: --shots=8 puts the first 8 of the training set before it.
+Answers are kept in gsm8k-*.jsonl in the folder of the run; a second start does those that are missing.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import mean
+
+from tqdm import tqdm
+
+import data
+from config import require
+from data.arithmetic.prepare import is_correct, prompt_of, result_of
+from data.pairs.prepare import Pair, read_pairs
+from experiments import lab, solve
+from model import MoEGPT
+from router import ROUTERS
+
+ANSWER_TOKENS = 400  # the most for an answer
+
+
+@dataclass(frozen=True)
+class Options(solve.Options):
+    """Which problems."""
+
+    router: str | None = None  # any causal one (none: the stand-in for the run's own)
+    problems: int | None = None  # so many (none: all)
+    shots: int = 0  # solved examples in the prompt, for models that were not fine-tuned
+    dataset: str = "gsm8k"  # where test.jsonl and the examples come from
+    batch_size: int = 32  # problems at once
+
+    may_be_0 = ("seed", "shots")
+
+
+def answer(bench: lab.Lab) -> list[dict]:
+    config = bench.config
+    model, tokenizer, folder = solve.open_model(bench, "out/finetune_olmoe_gsm8k")
+    dataset = data.load(config.dataset)
+    problems = read_test(dataset.folder / "test.jsonl")[: config.problems]
+    before = examples(dataset, config.shots)
+    prompts = [before + prompt_of(problem.prompt) for problem in problems]
+    router = config.router or ROUTERS[model.config.router].decode
+    name = f"gsm8k-{router}-{config.shots}shot-{identity(model, bench.dtype, router, before)}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = read_answers(folder / name)
+    todo = sorted({p for p in prompts if p not in done}, key=len)  # of like lengths: little padding
+    for start in tqdm(range(0, len(todo), config.batch_size), unit="batch", disable=None):
+        some = todo[start : start + config.batch_size]
+        new = dict(zip(some, solve.answer(model, tokenizer, some, ANSWER_TOKENS, router)))
+        append_answers(folder / name, new)
+        done |= new
+    texts = (done[prompt][0].partition("\nQuestion:")[0] for prompt in prompts)  # not of the next question
+    right = [is_correct(text, result_of(p.answer)) for text, p in zip(texts, problems, strict=True)]
+    what = f"{folder}, K={model.config.k}, router {router}, {config.shots} examples"
+    row = {"what": what, "problems": len(right), "exact match": solve.wilson(sum(right), len(right))}
+    return [row | {"experts per token": mean(done[prompt][1] for prompt in prompts)}]
+
+
+def read_test(path: Path) -> list[Pair]:
+    """Problems with their answers. Raises ValueError for an answer without its "#### RESULT"."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: make it with data/gsm8k/prepare.py")
+    problems = read_pairs(path, "question", "answer")
+    for number, problem in enumerate(problems, start=1):
+        found = result_of(problem.answer) is not None
+        require(found, f"answer {number} in {path}", "without a result", "one that has #### NUMBER")
+    return problems
+
+
+def examples(dataset: data.Dataset, shots: int) -> str:
+    """The first problems of the training set with their answers, each with an empty line after it."""
+    ends = (dataset.train == dataset.tokenizer.eot).nonzero()[0][:shots]
+    begins = [0, *(ends + 1)]
+    texts = (dataset.tokenizer.decode(dataset.train[a:b]) for a, b in zip(begins, ends))
+    return "".join(text[text.index("Question:") :] + "\n\n" for text in texts)  # without <s> and the like
+
+
+def identity(model: MoEGPT, *others: object) -> str:
+    """Twelve hex digits that differ where weights, routing or `others` do; of the weights, the small ones."""
+    sha = hashlib.sha256(f"{model.config} {others}".encode())
+    for tensor in model.state_dict().values():
+        if tensor.numel() <= 2**20:
+            sha.update(tensor.float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+def read_answers(path: Path) -> dict[str, tuple[str, float]]:
+    """Prompt -> its continuation, experts per token. A line that a crash cut short is dropped."""
+    done = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            done[entry["prompt"]] = entry["text"], entry["experts"]
+    return done
+
+
+def append_answers(path: Path, new: dict[str, tuple[str, float]]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        for prompt, (text, experts) in new.items():
+            file.write("\n" + json.dumps({"prompt": prompt, "text": text, "experts": experts}))
+
+
+if __name__ == "__main__":
+    lab.run(answer, Options)

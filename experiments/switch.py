@@ -1,0 +1,58 @@
+"""What becomes of a model's loss when its router and K are changed without any tuning?
+
+    python experiments/switch.py --init_from=allenai/OLMoE-1B-7B-0924 --text=FILE
+
+TopK, SeqTopK and online SeqTopK at K = 8, 4 and 2 (or --k), on a text of yours. SeqTopK as it trains sees
+tokens that come later, so its loss is no likelihood of the text; that of online SeqTopK, which sees none, is
+what a user of the model would get.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+from config import require
+from data.source import read_text
+from experiments import lab, solve
+from router import ROUTERS
+from train import evaluate_text
+
+WINDOWS = 64  # of the text
+
+
+@dataclass(frozen=True)
+class Options(solve.Options):
+    """Which text."""
+
+    text: str | None = None  # file with the text
+    tokens: int | None = None  # in a window (none: 1024, or fewer where the model or the text has fewer)
+    batch_size: int = 8  # windows at once
+
+
+def answer(bench: lab.Lab) -> list[dict]:
+    config = bench.config
+    require(config.text is not None, "text", config.text, "the path of a text: --text=FILE")
+    model, tokenizer, folder = solve.open_model(bench, "out/small_topk")
+    require(bool(model.expert_layers()), "the model", "dense", "one with experts")
+    text = np.array(tokenizer.encode(read_text(Path(config.text))))
+    tokens = config.tokens or max(1, min(model.config.block_size, 1024, len(text) - 1))
+    batches = data.val_batches(text, tokens, config.batch_size, WINDOWS)
+    routers = ("topk", "seqtopk", "online_seqtopk")
+    pairs = [(k, router) for k in (8, 4, 2) if k <= model.config.n_expert for router in routers]
+    rows = []
+    for k, router in tqdm(pairs, unit="row", disable=None):
+        found = evaluate_text(solve.with_k(model, k), batches, tokenizer.token_bytes, router)
+        sees = "" if ROUTERS[router].causal else " (sees the future)"
+        row = {"what": f"{folder.name}, K={k}, {router}{sees}", "nats/token": found["loss"]}
+        rows.append(row | {"bits/byte": found["bpb"], "experts per token": found["experts"][0]})
+    return rows
+
+
+if __name__ == "__main__":
+    lab.run(answer, Options)
