@@ -1,0 +1,929 @@
+"""experiments/: each question gives the rows it promises; runs are kept, resumed and judged as they should."""
+
+import fcntl
+import importlib
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from itertools import chain, pairwise
+from statistics import mean
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench
+import data
+import train
+from config import bad_input_exits, parse
+from data.arithmetic.prepare import SPLIT, document, prompt_of
+from data.arithmetic.problems import make_problem
+from experiments import arithmetic, difficulty, gap, lab, length, prune, report, routers, solve, sparsity
+from experiments.lab import Arm, Lab, OptionsK
+from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
+from router import ROUTERS, online_seqtopk
+
+CONFIG = """
+dataset = {dataset!r}
+n_layer, n_head, n_embd, n_hidden, n_expert, k = 2, 2, 16, 8, 12, 2
+block_size, batch_size, max_iters, warmup_iters, eval_windows, log_interval = 32, 4, 10, 0, 40, 1
+learning_rate = 0.05
+device = "cpu"
+"""
+WAIT_FOR = lab.wait_for  # as it is; most tests have train_here in its place
+
+
+def train_here(command, output):
+    """What the command would do in a process of its own: python train.py ..."""
+    with redirect_stdout(output), redirect_stderr(output):
+        try:
+            train.main(command[2:])
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """Rows of a question (each answered once), with a toy config: two seeds, runs shared by the questions."""
+    folder = tmp_path_factory.mktemp("runs")
+    rng = random.Random(0)
+    docs = [document(make_problem(rng, 1 + i % 5)) for i in range(60)]
+    tokenizer = data.train_bpe(docs, 300, "arithmetic", SPLIT)
+    data.write_dataset(folder / "arithmetic", docs[:30], docs[30:], tokenizer, "0" * 64)
+    (folder / "config.py").write_text(CONFIG.format(dataset=str(folder / "arithmetic")))
+    rows = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab, "RUNS", folder / "runs")
+        patch.setattr(lab, "wait_for", train_here)
+        patch.setattr(lab, "TUNING", {"max_iters": 2, "warmup_iters": 1, "learning_rate": 0.01})
+        patch.setattr(lab, "USUAL_TOKENS", 256)
+        patch.setattr(lab, "JUDGED_TOKENS", 40 * 32)
+        patch.setattr(length, "LENGTHS", (8, 32))
+        patch.setattr(length, "PLACES", (4, 8, 32))
+        patch.setattr(gap, "PRIORS", (0, 1, 64))
+        patch.setattr(train, "estimate", lambda run: "soon")
+
+        def ask(name):
+            if name not in rows:
+                found = importlib.import_module(f"experiments.{name}").answer(ask.lab)
+                json.dumps(found, allow_nan=False)
+                rows[name] = {row["what"]: row for row in found}
+                assert len(rows[name]) == len(found)
+            return rows[name]
+
+        ask.folder, ask.docs = folder, docs
+        ask.lab = Lab.of(OptionsK(config=f"{folder}/config.py", device="cpu", dtype="float32", seeds=2, k=2))
+        yield ask
+
+
+@pytest.fixture
+def own(ask, monkeypatch, tmp_path):
+    """A Lab with one seed, the folder of its own copy of the data, and none of the runs of the others."""
+    folder = shutil.copytree(ask.folder / "arithmetic", tmp_path / "arithmetic")
+    (tmp_path / "config.py").write_text(CONFIG.format(dataset=str(folder)))
+    monkeypatch.setattr(lab, "RUNS", tmp_path / "runs")
+    return changed(ask.lab, seeds=1, config=f"{tmp_path}/config.py"), folder
+
+
+def changed(here, **options):
+    return Lab.of(replace(here.config, **options))
+
+
+def opened(ask, trained_by, **changes):
+    """The first run under a router, with k=2."""
+    ((_, _, folder),) = lab.trained(changed(ask.lab, seeds=1), lab.router_arms([trained_by], 2))
+    return lab.open_run(ask.lab, folder, **changes)
+
+
+# -------- what the questions promise
+
+BOTH = ["seqtopk, k=2", "online_seqtopk, k=2"]
+QUARTERS = [f"{kind}, quarter {i}" for kind in ("written", "read") for i in (1, 2, 3, 4)]
+KINDS = [f"{kind}, {how}" for kind in difficulty.KINDS for how in ("read", "predicted")]
+BOUNDS = [f"max_experts={bound}" for bound in (3, 5, 6, 12)]
+LENGTHS = ["T=8", "T=8, tokens 1 to 4", "T=8, tokens 5 to 8", "T=32"]
+LENGTHS += [f"T=32, tokens {tokens}" for tokens in ("1 to 4", "5 to 8", "9 to 32")]
+
+
+def to(base, *names):
+    """Rows that are compared to another."""
+    return dict.fromkeys(names, base)
+
+
+ROWS = {  # row -> what it is compared to
+    "sparsity": {f"{r}, k={k}": f"topk, k={k}" for k in (8, 4, 2) for r in ("topk", "seqtopk")},
+    "finetune": {
+        **to("topk, k=2, then topk", "topk, k=2, then topk", "topk, k=2, then online_seqtopk"),
+        **to("topk, k=2, 2 more of topk", *(f"topk, k=2, 2 more of {r}" for r in ("topk", "seqtopk"))),
+        **to("topk, k=2, 2 more of topk", "topk, k=2, 2 more of online_seqtopk"),
+    },
+    "online": to("topk, k=2", "topk, k=2", *BOTH) | to(BOTH[0], "seqtopk, the last tenth online, k=2"),
+    "bounds": {
+        **to(BOTH[0], *BOTH, *(f"{BOTH[0]}, {bound}" for bound in (*BOUNDS, "min_experts=0"))),
+        **to(BOTH[1], f"{BOTH[1]}, strict=false"),
+        **to(
+            f"{BOTH[0]}, decoded with strict=true",
+            *(f"{BOTH[0]}, decoded with strict={x}" for x in ("true", "false")),
+        ),
+    },
+    "batches": {
+        f"{router}, k=2, {rest}": f"{router}, k=2, 1 sequences"
+        for router in ("seqtopk", "batchtopk")
+        for rest in (*(f"{n} sequences" for n in (1, 4, 16)), "online")
+    },
+    "difficulty": to(None, *(f"{arm}, {rest}" for arm in BOTH for rest in ("all tokens", *KINDS))),
+    "length": to(None, *LENGTHS),
+    "long": to(
+        None, *(f"{arm}, {how}, {q}" for arm in BOTH for how in ("strict", "not strict") for q in QUARTERS)
+    ),
+    "shared": {
+        f"{router}, k=2{beside}": f"topk, k=2{beside}"
+        for beside in ("", ", shared_hidden=8")
+        for router in ("topk", "seqtopk")
+    },
+    "gap": to(f"{BOTH[0]}, n0=0", *(f"{BOTH[0]}, n0={n}" for n in (0, 1, 64)))
+    | to(f"{BOTH[0]}, 2 more of seqtopk", *(f"{BOTH[0]}, 2 more of {arm[:-5]}" for arm in BOTH)),
+    "discount": to(BOTH[0], BOTH[0], *(f"{BOTH[0]}, {bound}" for bound in BOUNDS), "seqtopk_discount, k=2"),
+    "prune": {
+        f"{router}, k={k}{rest}": f"{router}, k={k}"
+        for k in (8, 2)
+        for router in ("topk", "seqtopk")
+        for rest in ("", ", a quarter dropped")
+    },
+}
+
+
+@pytest.mark.parametrize("question", ROWS)
+def test_a_question_has_the_rows_it_promises(ask, question):
+    """Each row is a mean over both seeds, differences are to its base, and every column is explained."""
+    rows = ask(question)
+    assert sorted(rows) == sorted(ROWS[question])
+    text = importlib.import_module(f"experiments.{question}").__doc__
+    for name, base in ROWS[question].items():
+        row = rows[name]
+        assert row["runs"] == 2 and row["experts per token" if "gap" not in row else "gap"][1] is not None
+        if base in (None, name):
+            assert "nats, to base" not in row
+        else:
+            gain = row["nats"][0] - rows[base]["nats"][0]
+            assert row["nats, to base"][0] == pytest.approx(gain, abs=1e-6)
+        unknown = set(row) - {"what", "curves", *lab.COLUMNS}
+        assert all(key in text or key.split()[0] in text for key in unknown), unknown
+
+
+def test_the_questions_agree_on_the_same_runs(ask):
+    """A run's loss is what train.py logged, whichever question looks at it."""
+    trained = {router: ask("online")[f"{router}, k=2"] for router in ("topk", "seqtopk", "online_seqtopk")}
+    for router, question, name in (
+        ("topk", "finetune", "topk, k=2, then topk"),
+        ("topk", "prune", "topk, k=2"),
+        ("seqtopk", "prune", "seqtopk, k=2"),
+        ("seqtopk", "bounds", "seqtopk, k=2, decoded with strict=true"),
+        ("seqtopk", "batches", "seqtopk, k=2, online"),
+        ("seqtopk", "gap", "seqtopk, k=2, n0=0"),
+        ("seqtopk", "difficulty", "seqtopk, k=2, all tokens"),
+        ("online_seqtopk", "difficulty", "online_seqtopk, k=2, all tokens"),
+    ):
+        row = ask(question)[name]
+        for key in ("nats", "experts per token"):
+            assert row[key] == pytest.approx(trained[router][key], rel=1e-4), (question, name, key)
+        logged = [curve["nats"][-1] for curve in trained[router]["curves"]]
+        assert row["nats"][0] == pytest.approx(mean(logged), rel=1e-4)
+    assert ask("gap")["seqtopk, k=2, n0=0"]["gap"] == pytest.approx(trained["seqtopk"]["leak"], abs=1e-5)
+    one = ask("batches")["seqtopk, k=2, 1 sequences"]["nats"]
+    assert one == pytest.approx(trained["seqtopk"]["as trained"], rel=1e-5)
+
+
+def test_batches_change_batchtopk_alone(ask):
+    """SeqTopK does not mind how many sequences there are, BatchTopK does; both spend all."""
+    for router, moves in (("seqtopk", False), ("batchtopk", True)):
+        found = [ask("batches")[f"{router}, k=2, {n} sequences"] for n in (1, 4, 16)]
+        assert all(row["experts per token"][0] == pytest.approx(2) for row in found)
+        losses = [row["nats"][0] for row in found]
+        assert (max(losses) - min(losses) > 1e-5) == moves
+
+
+def test_length_splits_its_gap_by_position(ask):
+    """The rows of a length are means over its positions: together they are the row of all."""
+    rows = ask("length")
+    for T, places in ((8, (0, 4, 8)), (32, (0, 4, 8, 32))):
+        for key in ("nats", "gap"):
+            parts = [rows[f"T={T}, tokens {a + 1} to {b}"][key][0] * (b - a) for a, b in pairwise(places)]
+            assert sum(parts) / T == pytest.approx(rows[f"T={T}"][key][0], rel=1e-6, abs=1e-6)
+        curve = rows[f"T={T}"]["curves"][0]
+        assert curve["position"] == [4, 8, 16, 32][: 2 if T == 8 else 4]
+        assert len(curve["gap"]) == len(curve["position"]) and any(curve["gap"])
+
+
+def test_by_position_by_hand():
+    """Means up to 4, 8, 16 ...; positions beyond the last power of two are left out."""
+    assert length.by_position(torch.arange(20.0)) == {"position": [4, 8, 16], "gap": [1.5, 5.5, 11.5]}
+    assert length.by_position(torch.arange(8.0)) == {"position": [4, 8], "gap": [1.5, 5.5]}
+
+
+def test_long_texts_spend_what_their_quarters_say(ask):
+    """ "spent" is the mean of the quarters so far over K; a strict budget never exceeds it."""
+    rows = ask("long")
+    for name in (name for name in rows if name.endswith("quarter 1")):
+        quarters = [rows[name[:-1] + str(i)] for i in (1, 2, 3, 4)]
+        experts = [row["experts per token"][0] for row in quarters]
+        for i, row in enumerate(quarters, start=1):
+            assert row["spent"][0] == pytest.approx(sum(experts[:i]) / i / 2)
+            assert row["spent"][0] <= 1 + 1e-6 or "not strict" in name
+
+
+# -------- difficulty
+
+
+def test_difficulty_counts_the_tokens_of_each_kind(ask):
+    """Every known token is read as one kind; what is predicted at a position is what is read at the next."""
+    run = opened(ask, "seqtopk")
+    masks = difficulty.problem_parts(run)
+    assert list(masks) == KINDS
+    windows = torch.cat([x for x, _ in run.batches])
+    read = torch.stack([masks[f"{kind}, read"] for kind in difficulty.KINDS])
+    assert read.shape[1:] == windows.shape and read.sum(0).max() == 1
+    assert not read[:, windows == run.dataset.tokenizer.eot].any()
+    for kind, mask in zip(difficulty.KINDS, read):
+        predicted = masks[f"{kind}, predicted"]
+        assert torch.equal(predicted[:, :-1], mask[:, 1:]) and not predicted[:, -1].any()
+        assert ask("difficulty")[f"seqtopk, k=2, {kind}, read"]["tokens"] == mask.sum() > 0
+    windows.fill_(run.dataset.tokenizer.eot)  # no kind occurs
+    none = difficulty.problem_parts(run._replace(batches=[(windows, None)]))
+    assert not any(mask.any() for mask in none.values())
+    row = ask("difficulty")["seqtopk, k=2, all tokens"]
+    assert -1 <= row["rho loss"][0] <= 1 and -1 <= row["rho entropy"][0] <= 1
+    assert len(row["curves"]) == 2 and len(row["curves"][0]["experts"]) == 20
+
+
+def test_questions_after_the_first_problem_are_questions(ask):
+    """A whole window of several problems: the kinds of a problem's tokens are the same wherever it stands."""
+    tokenizer = data.make_tokenizer(data.load(str(ask.folder / "arithmetic")).meta["tokenizer"])
+    ids = [[*tokenizer.encode(text), tokenizer.eot] for text in ask.docs[:3]]
+    windows = [torch.tensor([list(chain(*ids))]), *(torch.tensor([one]) for one in ids)]
+    kinds = []
+    for window in windows:
+        run = SimpleNamespace(batches=[(window, None)], dataset=SimpleNamespace(tokenizer=tokenizer))
+        masks = difficulty.problem_parts(run)
+        kinds.append(torch.stack([masks[f"{kind}, read"][0] for kind in difficulty.KINDS]))
+    assert torch.equal(kinds[0], torch.cat(kinds[1:], dim=1))
+    assert torch.equal(kinds[0].any(0), windows[0][0] != tokenizer.eot)
+
+
+PIECES = [  # of a problem, and their kinds: q, n of the question; w, c, r, f of the answer
+    ("Question:", "q"), (" Tom", "q"), (" has", "q"), (" ", "n"), ("1", "n"), ("2", "n"), (" marbles.", "q"),
+    (" Ida", "q"), (" gives", "q"), (" ", "n"), ("7", "n"), (".", "q"), ("\n", "q"),
+    ("Answer:", "w"), (" At", "w"), (" first:", "w"), (" ", "c"), ("1", "c"), ("2", "c"), (" marbles.", "w"),
+    ("\n", "w"), ("Ida:", "w"), (" ", "c"), ("1", "c"), ("2", "c"), (" +", "w"), (" ", "c"), ("7", "c"),
+    (" =", "w"), (" ", "r"), ("1", "r"), ("9", "r"), (" marbles.", "w"), ("\n", "w"),
+    ("##", "w"), ("##", "w"), (" ", "f"), ("1", "f"), ("9", "f"), ("\n", "w"),
+]  # fmt: skip
+
+
+def test_kinds_of_text_by_hand():
+    """Each token has the kind of its first character that is no space, by the line that it is in."""
+    names = dict(zip("qnwcrf", difficulty.KINDS, strict=True))
+    pieces, letters = zip(*PIECES)
+    want, kinds_of_text = [names[letter] for letter in letters], difficulty.kinds_of_text
+    assert kinds_of_text(list(pieces)) == want
+    assert kinds_of_text([*pieces, "", *pieces]) == [*want, "", *want]
+    assert kinds_of_text(list(pieces[1:])) == [""] * 12 + want[13:]  # its first line has no beginning
+    assert kinds_of_text(list(pieces[13:])) == want[13:]  # "Answer:" is a beginning too
+    assert kinds_of_text(list("Question: 5\n")) == [names["q"]] * 9 + [names["n"]] * 2 + [names["q"]]
+
+
+@pytest.mark.parametrize("levels", [2, 3, 10, 1000])
+def test_spearman_is_the_correlation_of_ranks(levels):
+    """Pearson's correlation of the ranks, which ties share; 1 or -1 for what rises or falls with it."""
+    g = torch.Generator().manual_seed(levels)
+    a, b = (torch.randint(levels, (5, 12), generator=g).double() for _ in range(2))
+
+    def ranks(x):  # from 1; equal values get the mean of their places
+        x = x.flatten()
+        return (x < x[:, None]).sum(1) + ((x == x[:, None]).sum(1) + 1) / 2
+
+    want = torch.corrcoef(torch.stack([ranks(a), ranks(a + b)]).double())[0, 1].item()
+    assert difficulty.spearman(a, a + b) == pytest.approx(want)
+    assert difficulty.spearman(a, a**3) == pytest.approx(1)
+    assert difficulty.spearman(a, -a) == pytest.approx(-1)
+    assert difficulty.spearman(a, torch.ones_like(a)) == 0  # nothing varies: neither rises nor falls
+    by_hand = difficulty.spearman(torch.tensor([1.0, 2, 2, 9]), torch.tensor([1.0, 3, 2, 4]))
+    assert by_hand == pytest.approx(4.5 / math.sqrt(4.5 * 5))  # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4
+
+
+def test_extremes_are_the_ends_of_many_rows():
+    """Few rows stay as they are; of many, the EXTREMES highest and as many of the lowest, in order."""
+    rows = [{"experts per token": [float(n * 7 % 17), None]} for n in range(17)]
+    assert difficulty.extremes(rows[:16]) == rows[:16]
+    found = [row["experts per token"][0] for row in difficulty.extremes(rows)]
+    assert found == [*range(16, 8, -1), *range(7, -1, -1)]
+
+
+def test_experts_by_entropy_are_means_of_equal_shares():
+    entropy = torch.randperm(60).view(3, 20).float()
+    found = difficulty.experts_by_entropy(100 - entropy, entropy)
+    assert found["entropy"] == [3 * i + 1 for i in range(20)]
+    assert found["experts"] == [99 - 3 * i for i in range(20)]
+
+
+def test_frequent_tokens_are_those_read_fifty_times():
+    """Each by its text, where it is read."""
+    x = torch.cat([torch.full((50,), 65), torch.full((49,), 66), torch.full((61,), 10)]).view(4, 40)
+    dataset = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: chr(ids[0])))
+    found = difficulty.frequent_tokens(
+        SimpleNamespace(batches=[(x[:2], None), (x[2:], None)], dataset=dataset)
+    )
+    assert list(found) == ["'\\n', read", "'A', read"]
+    assert torch.equal(found["'A', read"], x == 65) and found["'\\n', read"].sum() == 61
+
+
+# -------- gap and prune
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("bounds", [(1, None), (0, 3), (2, 2)])
+def test_a_prior_stands_for_tokens_before_the_first(bounds, strict):
+    """The mask is that of the tokens' own rows behind n0 others, unless the strict budget cuts it; a prior
+    of no tokens is none."""
+    g = torch.Generator().manual_seed(0)
+    scores = torch.rand(3, 20, 8, generator=g)
+    before = torch.rand(1, 5, 8, generator=g)
+    min_experts, u = bounds[0], bounds[1] or 4
+    ranked = before.sort(descending=True).values[..., min_experts:u]
+    select = gap.online_seqtopk_prior
+    found = select(scores, 2, *bounds, strict, state={"prior": ranked.flatten()})
+    whole = online_seqtopk(torch.cat([before.expand(3, -1, -1), scores], 1), 2, *bounds, strict=False)
+    if strict:
+        spent, budget = found.sum(-1).cumsum(-1), 2 * torch.arange(1, 21)
+        assert (spent <= budget).all() and (found <= whole[:, 5:]).all()
+    else:
+        assert torch.equal(found, whole[:, 5:])
+    none = select(scores, 2, *bounds, strict, state={"prior": torch.empty(0)})
+    assert torch.equal(none, online_seqtopk(scores, 2, *bounds, strict))
+
+
+def test_a_prior_is_made_of_quantiles():
+    """Of n0 * c values at the middles of equal shares of the candidates; their bounds are the router's."""
+    scores = torch.arange(1000.0).view(1, 100, 10)  # the candidates of rank 2 and 3 are 8, 7, 18, 17 ...
+    candidates = (scores[0, :, [8, 7]]).flatten().sort().values
+    found = gap.prior(scores, 1, 5)
+    assert len(found) == 10 and torch.equal(found, candidates[10::20])
+    assert len(gap.prior(scores, 1, 0)) == 0
+    assert torch.equal(gap.prior(scores, 1, 100), candidates)
+
+
+def test_the_rows_of_gap_are_losses_under_the_usual_prior(ask):
+    """n0 = 64: the loss with as many quantiles of each layer's own scores."""
+    run, rows = opened(ask, "seqtopk", router="online_seqtopk_prior"), ask("gap")
+    x = usual_text(ask, run)
+    with torch.no_grad():
+        routing = run.model(x, router="seqtopk")[2].routing
+    for layer, seen in zip(run.model.expert_layers(), routing, strict=True):
+        layer.state.prior = gap.prior(seen.scores, 2, 64)
+    found = lab.judge_text(run, run.decode)["loss"]
+    (one,) = (r for r in gap.answer(changed(ask.lab, seeds=1)) if r["what"] == "seqtopk, k=2, n0=64")
+    assert one["nats"][0] == pytest.approx(found, rel=1e-6)
+    assert one["nats"][0] != rows["seqtopk, k=2, n0=0"]["nats"][0]
+
+
+def usual_text(ask, run):
+    """What the use of experts is counted in."""
+    return run.dataset.train_batch(0, 8, 32, ask.lab.config.seed)[0]
+
+
+def test_experts_without_a_token_are_dropped_for_nothing(ask):
+    """Dropping experts that no token uses leaves the logits, and the run's own model, as they are."""
+    run = opened(ask, "seqtopk")
+    x, bias = usual_text(ask, run), torch.zeros(12).index_fill_(0, torch.tensor([1, 5, 11]), -100.0)
+    for layer in run.model.expert_layers():
+        layer.bias.copy_(bias)
+    smaller = prune.without_least_used(ask.lab, run)
+    assert torch.equal(smaller(x, router=run.decode)[0], run.model(x, router=run.decode)[0])
+    assert all(torch.equal(layer.bias, bias) for layer in run.model.expert_layers())
+
+
+@pytest.mark.parametrize("router", ["topk", "seqtopk"])
+def test_the_least_used_quarter_is_dropped(ask, router):
+    """No token goes to the three of twelve experts that fewest tokens of the training text go to."""
+    run = opened(ask, router)
+    x = usual_text(ask, run)
+    load = run.model(x, router=run.decode)[2].load.tolist()
+    found = prune.without_least_used(ask.lab, run)(x, router=run.decode)[2].load
+    for before, after in zip(load, found, strict=True):
+        dropped = sorted(range(12), key=lambda e: (-before[e], e))[9:]
+        assert not after[dropped].any() and (after > 0).sum() > 3
+
+
+def test_more_experts_per_token_than_are_kept_is_one_line(ask):
+    with pytest.raises(ValueError, match=r"^k is 10, .*\b9\b[^\n]*$"):
+        prune.without_least_used(ask.lab, opened(ask, "topk", k=10))
+
+
+# -------- judging
+
+
+def test_by_token_is_the_loss_token_by_token(ask):
+    """The means of by_token are evaluate_text's; entropy and experts are those of the model's own forward."""
+    run = opened(ask, "seqtopk")
+    for router in ("topk", "seqtopk", "online_seqtopk"):
+        loss, entropy, experts = lab.by_token(run, router)
+        found = lab.judge_text(run, router)
+        assert loss.mean().item() == pytest.approx(found["loss"], rel=1e-5)
+        assert experts.float().mean().item() == pytest.approx(found["experts"][0], rel=1e-5)
+    assert loss.shape == entropy.shape == experts.shape[:2] == (40, 32) and experts.shape[2] == 2
+    x, y = run.batches[1]
+    logits, _, stats = run.model(x, router="online_seqtopk")
+    share = logits.softmax(-1).double()
+    expected = -share.gather(-1, y[..., None])[..., 0].log(), -(share * share.log()).sum(-1)
+    for found, want in zip((loss, entropy), expected):
+        torch.testing.assert_close(found[4:8].double(), want, atol=1e-4, rtol=0)
+    assert torch.equal(experts[4:8], stats.experts.permute(1, 2, 0))
+
+
+def test_only_what_is_learned_counts_in_a_loss(ask):
+    """Targets of -1 are in no mean and have no bytes, however many a batch has of them."""
+    run = opened(ask, "seqtopk")
+    loss, _, _ = lab.by_token(run, "topk")
+    learned = torch.rand(loss.shape, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.1, 1, 32)
+    xs, targets = (torch.cat(parts) for parts in zip(*run.batches))
+    batches = list(zip(xs.split(8), targets.masked_fill(~learned, -1).split(8), strict=True))
+    found = lab.judge_text(run._replace(batches=batches), "topk")
+    n_bytes = run.dataset.tokenizer.token_bytes[targets[learned]].sum()
+    assert found["loss"] == pytest.approx(loss[learned].mean().item(), rel=1e-5) and found["experts"][0] == 2
+    assert found["bpb"] == pytest.approx(loss[learned].sum().item() / math.log(2) / n_bytes, rel=1e-5)
+    with pytest.raises(ValueError, match="all tokens are learned"):
+        lab.by_token(run._replace(dataset=replace(run.dataset, val_answers=object())), "topk")
+
+
+def test_a_run_opens_changed(ask):
+    """open_run gives the last checkpoint, its validation windows, and a config with the changes."""
+    run, loose = opened(ask, "seqtopk"), opened(ask, "seqtopk", strict=False)
+    assert run.model.config.strict and not loose.model.config.strict and run.decode == "online_seqtopk"
+    assert not run.model.training
+    for a, b in zip(run.model.parameters(), loose.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.cat([x for x, _ in run.batches]).shape == (40, 32)
+    short = opened(ask, "seqtopk", block_size=8)
+    assert short.model.config.block_size == 8 and short.batches[0][0].shape == (4, 8)
+
+
+def test_means_have_the_error_of_the_mean():
+    assert lab.mean_and_error([1.0, 2.0, 3.0]) == pytest.approx([2.0, 1 / 3**0.5])
+    assert lab.mean_and_error([4.0]) == [4.0, None]
+    runs = {1: {"nats": 2.0}, 2: {"nats": 4.0}, 3: {"nats": 9.0}}
+    row = lab.mean_row("x", runs, {1: {"nats": 1.0}, 2: {"nats": 2.0}})
+    assert row["nats"][0] == 5 and row["nats, to base"] == [1.5, 0.5]  # the pairs of seeds 1 and 2 only
+
+
+def test_runs_of_other_data_are_refused(own):
+    """A dataset that was prepared anew since a run was trained is one line that says what to do."""
+    (here, folder), arms = own, lab.router_arms(["topk"], 2)
+    assert len(lab.compare(here, arms)) == 1
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"source_sha256": "1" * 64}))
+    with pytest.raises(ValueError, match=r"other than when .* was trained.*delete .*runs"):
+        lab.compare(here, arms)
+
+
+def test_figures_have_the_exact_match(ask, own, monkeypatch):
+    """Where the data has test problems, the share of them that is solved, of PROBLEMS of each level."""
+    here, folder = own
+    lines = ({"question": f"{n}?", "answer": f"#### {n}", "result": n, "level": n % 2} for n in range(6))
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = {prompt_of(f"{n}?"): (f"#### {3 if n == 1 else n}\n", 2) for n in range(4)}
+    monkeypatch.setattr(lab, "PROBLEMS", 2)
+    monkeypatch.setattr(
+        solve, "answer", lambda model, tokenizer, prompts, *rest: [answers[p] for p in prompts]
+    )
+    (found,) = lab.compare(here, lab.router_arms(["topk"], 2))
+    assert found["exact match"] == [0.75, None]
+    assert "exact match" not in ask("online")["topk, k=2"]
+
+
+def test_a_dense_model_stands_beside_routers(ask):
+    """It has losses, and nothing to say of experts."""
+    arms = lab.router_arms(["topk"], 2)
+    arms.append(Arm("dense", routers.recipe(ask.lab, "dense", 2), "topk, k=2"))
+    topk, dense = lab.compare(ask.lab, arms)
+    assert "experts per token" in topk and "experts per token" not in dense
+    assert len(dense["nats, to base"]) == 2 and len(bench.lines_of([topk, dense])) == 3
+
+
+# -------- arms and their runs
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("router", [*ROUTERS, "loss_free", "dense"])
+def test_the_recipe_of_each_router_is_accepted(router, quick):
+    """train.py takes the settings with which a router is compared, and they are what its row needs."""
+    here = Lab.of(OptionsK(quick=quick, device="cpu"))
+    arm = Arm(router, routers.recipe(here, router, 2), router)
+    argv = lab.command_line(arm, lab.run_settings(here.config, arm, 1))[2:]
+    config = train.TrainConfig(**parse(argv, train.TrainConfig)[0])
+    assert config.router == {"loss_free": "topk", "dense": "topk"}.get(router, router)
+    width = config.k * (config.dense_hidden or config.n_hidden)
+    assert width == 2 * here.shared["n_hidden"] and (config.n_expert == 1) == (router == "dense")
+    assert all(getattr(config, key) == value for key, value in ROUTERS[config.router].needs.items())
+    alone = router in ("loss_free", "expert_threshold", "remoe")
+    assert (config.balance_coef == 0) == (config.z_coef == 0) == alone
+    assert (config.entropy_coef, config.mass) == ((1e-4, 0.1) if router == "top_p" else (0, 0.4))
+    assert (config.bias_rate > 0) == (router == "loss_free")
+    assert config.max_iters == here.shared["max_iters"] // (4 if quick else 1)
+
+
+def test_a_run_has_a_folder_of_its_settings(tmp_path):
+    """Other settings, another seed and --quick have another folder; their order makes none."""
+    options, one = OptionsK(), Arm("a", {"router": "seqtopk", "k": 2}, "a")
+    folder = lab.run_folder(options, one, 1)
+    other = Arm("another name", {"k": 2, "router": "seqtopk"}, "b")
+    assert lab.run_folder(options, other, 1) == folder
+    more = lab.vary(one, max_experts=3)
+    assert (more.base, more.name) == ("a", "a, max_experts=3") and "max_experts" not in one.settings
+    config = tmp_path / "compare.py"  # the same name, another setting
+    config.write_text("from config.compare import *\nlearning_rate = 1e-3\n")
+    folders = {folder, lab.run_folder(options, one, 2), lab.run_folder(OptionsK(quick=True), one, 1)}
+    folders |= {lab.run_folder(options, more, 1), lab.run_folder(OptionsK(config=str(config)), one, 1)}
+    folders |= {lab.run_folder(options, replace(one, after=after), 1) for after in (more, other)}
+    assert len(folders) == 7
+
+
+def test_an_arm_after_another_goes_on_with_its_weights_and_other_batches(ask):
+    """It starts from the last checkpoint of the same seed, and its seed for the data is another."""
+    (base,) = lab.router_arms(["topk"], 2)
+    (after,) = lab.router_arms(["seqtopk"], 2, max_iters=2, learning_rate=1e-30)  # so the weights stay
+    after, here = replace(after, after=base), changed(ask.lab, seeds=1)
+    ((_, seed, folder),) = lab.trained(here, [after])
+    said, start = (
+        lab.run_settings(here.config, after, seed),
+        lab.run_folder(here.config, base, seed) / "last.pt",
+    )
+    assert said["init_from"] == start
+    assert said["seed"] == seed + lab.OTHER_BATCHES != lab.run_settings(here.config, base, seed)["seed"]
+    start, end = load_checkpoint(start), load_checkpoint(folder / "last.pt")
+    assert end["train_config"]["seed"] == seed + lab.OTHER_BATCHES and end["config"]["router"] == "seqtopk"
+    assert end["step"] == 2 and all(torch.equal(start["model"][n], end["model"][n]) for n in start["model"])
+
+
+def test_tuning_is_as_long_as_its_name_says(ask, monkeypatch):
+    """--quick has a quarter of the iterations, in the name as in the settings."""
+    monkeypatch.setitem(lab.TUNING, "max_iters", 8)
+    (first,) = lab.router_arms(["topk"], 2)
+    for quick, iterations in ((False, 8), (True, 2)):
+        here = changed(ask.lab, quick=quick)
+        arm = lab.tuned_arms(here, first, ["topk", "seqtopk"])[1]
+        assert arm.name == f"topk, k=2, {iterations} more of seqtopk" and arm.after == first
+        assert lab.run_settings(here.config, arm, 1)["max_iters"] == iterations
+
+
+def test_trained_leaves_out_failures(ask, capsys):
+    """A run that fails, or whose first part does, is named and left out; the others go on, seed by seed."""
+    (good,) = lab.router_arms(["topk"], 2)
+    bad = Arm("bad", {"router": "topk", "k": 99}, "bad")
+    after = replace(lab.router_arms(["seqtopk"], 2)[0], name="after bad", after=bad)
+    here = changed(ask.lab, seeds=2)
+    found = [(arm.name, seed) for arm, seed, _ in lab.trained(here, [bad, good, after])]
+    assert found == [("topk, k=2", 1337), ("topk, k=2", 1338)]
+    out = "".join(capsys.readouterr())
+    assert "bad, seed 1337 failed: error: k is 99" in out and "missing: bad, seed 1338" in out
+    assert here.missing == [
+        "bad, seed 1337",
+        "after bad, seed 1337",
+        "bad, seed 1338",
+        "after bad, seed 1338",
+    ]
+    assert not (lab.run_folder(here.config, bad, 1337) / "finished").exists()
+
+
+def test_the_budget_is_of_the_question_and_in_minutes(ask, monkeypatch):
+    """All trainings of a question share one deadline; what has no budget begins."""
+    now = [0.0]
+    monkeypatch.setattr(lab.time, "monotonic", lambda: now[0])
+    assert Lab.of(OptionsK()).deadline == math.inf
+    here, never = changed(ask.lab, budget=2.0), Arm("never", {"router": "topk", "learning_rate": 0.5}, "")
+    assert here.deadline == 120.0
+    now[0] = 121.0
+    assert here.deadline == 120.0 and list(lab.trained(here, [never])) == []
+    assert here.missing == ["never, seed 1337", "never, seed 1338"]
+
+
+def fresh_run(ask, monkeypatch, folder, wait_for):
+    """What train_run says of a run that is not there yet, whose training is wait_for; and its folder."""
+    monkeypatch.setattr(lab, "RUNS", folder)
+    monkeypatch.setattr(lab, "wait_for", wait_for)
+    (arm,) = lab.router_arms(["topk"], 2)
+    return lab.train_run(ask.lab, arm, 1), lab.run_folder(ask.lab.config, arm, 1)
+
+
+def is_locked(path):
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_nobody_else_trains_in_the_folder_of_a_run(ask, monkeypatch, tmp_path):
+    """While a run is trained its folder is locked."""
+
+    def locked(command, output):
+        assert is_locked(output.name)
+        return train_here(command, output)
+
+    done, folder = fresh_run(ask, monkeypatch, tmp_path, locked)
+    assert done and (folder / "finished").exists() and not (folder / "best.pt").exists()
+    assert not is_locked(folder / "train.txt")
+
+
+def test_a_training_keeps_its_lock_when_nobody_waits_for_it(tmp_path):
+    """The process that writes to a locked file has the lock too, until it ends."""
+    path = tmp_path / "train.txt"
+    with open(path, "a") as output:
+        lab.lock(output)
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=output)
+    assert is_locked(path)
+    child.communicate(b"\n")
+    assert not is_locked(path)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_another_process_has_finished_meanwhile_is_not_trained(ask, monkeypatch, tmp_path, late):
+    """After the wait for a lock a run may be finished, or the deadline over: nothing begins then."""
+    here, (arm,), now = changed(ask.lab, budget=1.0), lab.router_arms(["topk"], 2), [0.0]
+    monkeypatch.setattr(lab, "RUNS", tmp_path)
+    monkeypatch.setattr(lab, "wait_for", lambda *args: pytest.fail("a run began"))
+    monkeypatch.setattr(lab.time, "monotonic", lambda: now[0])
+    folder = lab.run_folder(here.config, arm, 1)
+
+    def waited(file):
+        now[0] = 100.0
+        if not late:
+            (folder / "finished").touch()
+
+    monkeypatch.setattr(lab, "lock", waited)
+    assert lab.train_run(here, arm, 1) == (not late)
+
+
+def test_a_run_whose_end_was_not_saved_is_not_finished(ask, monkeypatch, tmp_path, capsys):
+    """A training that ends well but whose last checkpoint is older, or missing, is named and done again."""
+    assert not fresh_run(ask, monkeypatch, tmp_path / "none", lambda *args: 0)[0]
+
+    def unsaved(command, output):
+        return train_here([*command, "--max_iters=3"], output)
+
+    done, folder = fresh_run(ask, monkeypatch, tmp_path / "old", unsaved)
+    assert not done and not (folder / "finished").exists()
+    assert capsys.readouterr().out.count("seed 1 failed") == 2
+    assert fresh_run(ask, monkeypatch, tmp_path / "old", train_here)[0]
+    assert load_checkpoint(folder / "last.pt")["step"] == 10
+
+
+def test_a_start_that_was_cut_short_leaves_no_log(ask, monkeypatch, tmp_path):
+    """What a run wrote before its first checkpoint is gone when it begins again."""
+    _, folder = fresh_run(ask, monkeypatch, tmp_path, lambda *args: 1)
+    (folder / "log.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    assert fresh_run(ask, monkeypatch, tmp_path, train_here) == (True, folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps.count(1) == 1
+
+
+def test_the_seconds_of_a_command_are_in_its_output(tmp_path):
+    """All of them, whatever its exit code."""
+    path, code = tmp_path / "out.txt", "import time, sys; time.sleep(0.3); sys.exit(3)"
+    with open(path, "a") as output:
+        assert WAIT_FOR([sys.executable, "-c", code], output) == 3
+    (seconds,) = re.findall(lab.SECONDS.format(r"([\d.]+)"), path.read_text())
+    assert 0.3 < float(seconds) < 30
+
+
+def test_ctrl_c_is_handed_on(tmp_path, monkeypatch):
+    """The command gets the signal once, and what it writes then is waited for."""
+    code = "import time\ntry:\n print('go', flush=True); time.sleep(60)\n"
+    code += "except KeyboardInterrupt:\n time.sleep(0.3); print('saved')"
+    path, wait = tmp_path / "out.txt", subprocess.Popen.wait
+
+    def interrupted(process, *args):
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        for _ in range(600):
+            if "go" in path.read_text():
+                raise KeyboardInterrupt
+            time.sleep(0.05)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with open(path, "a") as output, pytest.raises(KeyboardInterrupt):
+        WAIT_FOR([sys.executable, "-c", code], output)
+    assert "saved" in path.read_text()
+
+
+# -------- from the command line
+
+
+@pytest.fixture
+def command(ask, capsys, monkeypatch):
+    """Answer a question as its file would: its rows, and all that is printed."""
+
+    def command(module, options, *argv):
+        argv = [f"--config={ask.folder}/config.py", "--device=cpu", "--dtype=float32", *argv]
+        with pytest.raises(SystemExit) as stop:
+            lab.main(module.answer, options, argv)
+        out = capsys.readouterr().out
+        found = json.loads(out.splitlines()[-1])
+        assert stop.value.code == bool(found["missing"]) and not found["failed"]
+        return found["parts"][module.__name__.rpartition(".")[2]], out
+
+    return command
+
+
+def test_routers_are_compared_in_pairs_and_none_is_trained_twice(command, ask, monkeypatch, tmp_path):
+    """Rows are means over seeds, differences are paired by seed, TopK leaks nothing, and what is finished is
+    read again, with all that it said of itself."""
+    monkeypatch.setattr(lab, "RUNS", tmp_path)
+    argv = (routers, routers.RouterOptions, "--routers=topk,seqtopk", "--seeds=2", "--ks=1,2")
+    monkeypatch.setattr(lab, "wait_for", WAIT_FOR)
+    ((alone,), _) = command(*argv[:2], "--routers=topk", "--seeds=1", "--ks=1")  # in a process of its own
+    assert alone["minutes"][0] > 0
+    monkeypatch.setattr(lab, "wait_for", train_here)
+    rows, out = command(*argv)
+    assert [row["what"] for row in rows] == ["topk, k=1", "seqtopk, k=1", "topk, k=2", "seqtopk, k=2"]
+    assert routers.__doc__.strip() in out and f"leak: {lab.COLUMNS['leak']}" in out.splitlines()
+    base, other = rows[2:]
+    assert base["runs"] == other["runs"] == 2 and base["leak"] == [0, 0] and "nats, to base" not in base
+    for key in ("nats", "bits/byte", "as trained", "load entropy", "load variance"):
+        assert base[key][0] > 0 and base[key][1] > 0  # seeds differ
+    assert base["steps/s"][0] > 0 and len(base["steps/s"]) == len(base["dead"]) == 2
+    assert base["bits/byte"][0] < base["nats"][0]
+    assert base["experts per token"] == [2, 0] and other["experts per token"][0] <= 2
+    assert other["nats, to base"][0] == pytest.approx(other["nats"][0] - base["nats"][0], abs=2e-4)
+    assert other["leak"][0] == pytest.approx(other["nats"][0] - other["as trained"][0], abs=2e-4)
+    monkeypatch.setattr(lab, "wait_for", lambda *args: pytest.fail("a run began"))
+    assert command(*argv)[0] == rows
+
+
+def test_without_time_or_with_runs_that_fail_no_results_are_replaced(command, own, tmp_path):
+    """Every missing run is named, a run that fails is a line, and --json stays as it was."""
+    kept = tmp_path / "kept.json"
+    kept.write_text("mine")
+    argv = (routers, routers.RouterOptions, "--routers=topk", f"--config={own[0].config.config}")
+    rows, out = command(*argv, "--seeds=2", "--budget=0.0", f"--json={kept}")
+    assert rows == [] and "missing: topk, k=2, seed 1338" in out
+    assert kept.read_text() == "mine" and "kept.json is left as it was" in out
+    with open(own[0].config.config, "a") as file:
+        file.write("learning_rate = 1e9\ngrad_clip = 0.0\nwarmup_iters = 0\n")
+    rows, out = command(*argv, "--seeds=1")
+    failed = "topk, k=2, seed 1337 failed: error: the loss became .* at iteration"
+    assert rows == [] and re.search(failed, out)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "argv", "words"),
+    [
+        (routers, routers.RouterOptions, ["--routers=topk,seqtop"], ["routers", "'seqtop'", "seqtopk"]),
+        (routers, routers.RouterOptions, ["--ks=4,x"], ["ks", "'x'", "8,4,2"]),
+        (sparsity, lab.Options, ["--ks=4"], ["unknown key 'ks'"]),
+        (sparsity, lab.Options, ["--k=4"], ["unknown key 'k'"]),
+        (sparsity, lab.Options, ["--seeds=0"], ["seeds", "at least 1"]),
+        (sparsity, lab.Options, ["--config=config/compar.py"], ["config/compar.py", "did you mean"]),
+        (gap, OptionsK, ["--k=2", "--config=config/small_dense.py"], ["n_expert", "at least 2"]),
+        (arithmetic, arithmetic.Options, ["--init_from=nowhere/x"], ["nowhere"]),
+    ],
+)
+def test_bad_input_is_one_line(module, options, argv, words, capsys, monkeypatch):
+    monkeypatch.chdir(bench.HOME)
+    monkeypatch.setattr(data, "is_hugging_face", lambda name: False)
+    with pytest.raises(SystemExit) as stop, bad_input_exits():
+        lab.main(module.answer, options, [*argv, "--device=cpu"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert all(word in error for word in words)
+
+
+# -------- problems and their answers
+
+SIZES = {"n_embd": 16, "n_hidden": 8, "n_expert": 8, "k": 2, "n_head": 2, "n_layer": 2}
+QUESTION, ANSWER = "Tom has {} dollars. Ida gives Tom {}.", "So Tom has {} dollars.\n#### {}"
+PROBLEMS = [
+    {"question": QUESTION.format(n, "7" * n), "answer": ANSWER.format(2 * n, 2 * n), "result": 2 * n}
+    | {"level": n % 2 + 1}
+    for n in range(5, 10)
+]
+
+
+@pytest.fixture(scope="module")
+def solver():
+    """A model whose routing varies, and its tokenizer."""
+    tokenizer = data.train_bpe([prompt_of(p["question"]) + p["answer"] for p in PROBLEMS], 300, "toy")
+    torch.manual_seed(0)
+    model = MoEGPT(MoEConfig(vocab_size=tokenizer.vocab_size, **SIZES, router="seqtopk"))
+    for parameter in model.parameters():
+        parameter.data *= 5
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("router", ["topk", "online_seqtopk"])
+def test_problems_in_a_batch_are_solved_as_one_by_one(solver, router):
+    """Padding changes neither the text nor the experts that a problem gets."""
+    together, alone = (solve.solve(*solver, PROBLEMS, router, batch_size) for batch_size in (100, 1))
+    assert [right for right, _ in together] == [right for right, _ in alone]
+    assert [experts for _, experts in together] == pytest.approx([experts for _, experts in alone])
+
+
+def test_arithmetic_counts_right_answers_by_level(solver, tmp_path, monkeypatch):
+    """Problems are counted under their level, as many of each as asked for; the router is named."""
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    save_checkpoint(tmp_path / "best.pt", solver[0], tokenizer=solver[1].meta)
+    monkeypatch.setattr(data, "load", lambda name: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr(
+        solve, "solve", lambda model, tokenizer, some, *rest: [(p["level"] == 2, 2) for p in some]
+    )
+    options = arithmetic.Options(init_from=str(tmp_path), problems=2, device="cpu")
+    rows = arithmetic.answer(Lab.of(options))
+    assert [(row["problems"], row["exact match"][0]) for row in rows] == [(2, 0), (2, 1), (4, 0.5)]
+    assert all("online_seqtopk" in row["what"] for row in rows)
+
+
+def test_wilson_interval_by_hand():
+    """8 of 10 is the textbook's example: 0.490 to 0.943; none and all stay within 0 and 1."""
+    assert solve.wilson(8, 10) == pytest.approx([0.8, 0.4902, 0.9433], abs=1e-4)
+    assert solve.wilson(0, 7)[:2] == [0, 0] and solve.wilson(7, 7)[::2] == [1, 1]
+
+
+# -------- tables and figures of what was kept
+
+
+def write_results(folder, stem, **parts):
+    origin = {"command": "python x.py", "machine": "a CPU", "dtype": "float32", "commit": "abc"}
+    (folder / f"{stem}.json").write_text(json.dumps({**origin, "parts": parts}))
+    return folder / f"{stem}.json"
+
+
+def row(what, *curves, **values):
+    return {"what": what, "runs": len(curves), **values, "curves": list(curves)}
+
+
+def losses(name, *ends):
+    """A row of routers: the loss goes from 8 to an end for each seed."""
+    curves = ({"seed": seed, "step": [0, 10, 20], "nats": [8, end + 1, end]} for seed, end in enumerate(ends))
+    return row(name, *curves)
+
+
+def test_table_of_a_file_by_hand(tmp_path, capsys):
+    """Means with their errors, signed differences, no column without a value, names shown as they are."""
+    rows = [
+        {"what": "topk", "runs": 3, "nats": [4.963, 0.012], "dead": [0, 0.0], "MFU %": None, "curves": []},
+        {"what": "a|b", "runs": 1, "nats": [5.0125, None], "nats, to base": [0.0495, 0.003]},
+        {"what": "'`'", "steps/s": [1234.56, 7.89], "nats, to base": [-0.5, None]},
+    ]
+    report.main(["table", str(write_results(tmp_path, "a", routers=rows, empty=[]))])
+    assert capsys.readouterr().out.splitlines() == [
+        "**routers**: `python x.py`, a CPU, float32, commit abc",
+        "",
+        "| what | runs | nats | dead | nats, to base | steps/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| `topk` | 3 | 4.9630 ± 0.0120 | 0 | - | - |",
+        "| `a\\|b` | 1 | 5.0125 | - | +0.0495 ± 0.0030 | - |",
+        "| ```'`'``` | - | - | - | -0.5000 | 1,234.6 ± 7.9 |",
+    ]
+    with pytest.raises(ValueError, match="without rows"):
+        report.table(write_results(tmp_path, "b", empty=[]))
+
+
+def test_figures_are_the_same_when_made_again(tmp_path):
+    """Each has the labels of its rows, and with several files their names; what is missing is a line."""
+    pytest.importorskip("matplotlib")
+    names = ["curves.svg", "experts_by_entropy.svg", "gap_by_position.svg"]
+    lines = list(report.save_figures(tmp_path))
+    assert len(lines) == 3 and all(f"{name} is left out" in line for name, line in zip(names, lines))
+    assert "python experiments/routers.py --json" in lines[0] and not list(tmp_path.iterdir())
+    some = {"entropy": [0.5, 2], "experts": [1.5, 2.5]}
+    for stem in ("code", "sums"):
+        rows = [row("seqtopk, k=2, all tokens", some, some), {"what": "seqtopk, k=2, words, read"}]
+        write_results(tmp_path, stem, difficulty=rows)
+    gaps = row("T=8", {"position": [4, 8], "gap": [0.2, 0.1]})
+    online = [losses("topk, k=2", 5, 6), losses("seqtopk, k=2", 4.9, 5.7), losses("batchtopk, k=2", 5)]
+    online[1]["nats, to base"] = [-0.25, 0.1]
+    write_results(tmp_path, "rest", length=[gaps], online=online)
+    lines = list(report.save_figures(tmp_path))
+    assert lines[0] == "curves.svg: online, from rest"
+    assert lines[1] == "experts_by_entropy.svg: difficulty, from code, sums"
+    first = [(tmp_path / name).read_bytes() for name in names]
+    assert list(report.save_figures(tmp_path)) == lines
+    assert [(tmp_path / name).read_bytes() for name in names] == first
+    curves, entropy, positions = (text.decode() for text in first)
+    assert ">seqtopk -0.250 ± 0.100<" in curves and ">batchtopk<" in curves
+    assert ">code<" in entropy and ">sums<" in entropy and entropy.count(">seqtopk, k=2<") == 2
+    assert ">rest<" in positions and ">T=8<" in positions
+
+
+def test_figures_without_matplotlib_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        list(report.save_figures(tmp_path))
