@@ -176,7 +176,7 @@ def test_a_part_that_fails_leaves_what_was_measured(run, monkeypatch, error, aft
 
 
 def test_json_is_kept_and_tabled(run, tmp_path, capsys):
-    """--json keeps what the last line says, and the README's table has a column of each machine with speeds."""
+    """--json keeps what the last line says, and the README's table a column of each machine with speeds."""
     report, _ = run("cache", *TOY, f"--json={tmp_path}/new/a.json")
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == report
     (tmp_path / "new" / "b.json").write_text(json.dumps(report | {"machine": "another"}))

@@ -1,4 +1,4 @@
-"""experiments/: each question gives the rows it promises; runs are kept, resumed and judged as they should."""
+"""experiments/: each question gives the rows it promises; runs are kept, resumed and judged."""
 
 import fcntl
 import importlib
@@ -47,6 +47,8 @@ def train_here(command, output):
             train.main(command[2:])
         except SystemExit as stop:
             return stop.code
+        finally:
+            output.flush()
     return 0
 
 
