@@ -176,8 +176,8 @@ def test_a_file_can_build_on_another(config, tmp_path, monkeypatch):
     ],
 )
 def test_unknown_key_or_file(config, tmp_path, monkeypatch, argv, words):
-    """A typo in a key or in a file's name is refused with what it resembles. Refused are also a forgotten --, a
-    plain value of a file that is no setting, a folder, and a file that is no .py."""
+    """A typo in a key or in a file's name is refused with what it resembles. Refused are also
+    a forgotten --, a plain value of a file that is no setting, a folder, and a file that is no .py."""
     monkeypatch.chdir(tmp_path)
     config("", "tiny_topk.py")
     config("n_lyer = 2", "a.py")
