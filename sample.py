@@ -353,10 +353,11 @@ def picture(rows: list[dict], k: int) -> str:
             if part != "\n" and column + len(part) > 100:
                 line, column = line + 1, 0
             place, width = f'x="{8 * column + 8}" y="{18 * line + 8}"', 8 * len(part)
-            cells.append(
-                f'<rect {place} width="{width}" height="18" fill="{back}"/>'
-                f'<text {place} dy="13" textLength="{width}" fill="{front}">{escape(part)}</text>\n'
+            fit = (
+                f'dy="13" textLength="{width}" lengthAdjust="spacingAndGlyphs"'  # whatever the reader's font
             )
+            cells.append(f'<rect {place} width="{width}" height="18" fill="{back}"/>')
+            cells.append(f'<text {place} {fit} fill="{front}">{escape(part)}</text>\n')
             line, column = (line + 1, 0) if part == "\n" else (line, column + len(part))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="824" height="{18 * line + 34}" font-size="13" '

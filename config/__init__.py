@@ -124,9 +124,7 @@ def read_file(name: str | Path) -> dict[str, Any]:
     path = _config_path(str(name))
     module = ModuleType(str(path))
     module.__file__ = str(path)
-    sys.modules[module.__name__] = (
-        module  # torch.compile looks there for what a router of the file uses
-    )
+    sys.modules[module.__name__] = module  # torch.compile looks there for what a router of the file uses
     try:
         exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except (Exception, SystemExit) as err:
