@@ -12,18 +12,13 @@ better; `speed/x` is its inverse. Every run ends with one line of JSON, which --
 
 import copy
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
-import json
 import math
 import multiprocessing
-import os
-import platform
 import re
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -38,13 +33,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+import results
 from config import bad_input_exits, parse, require
-from config.device import give_back_freed_memory, keep_freed_memory, pick_compile, pick_device, pick_dtype
+from config.device import give_back_freed_memory, keep_freed_memory, pick_compile
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
+from results import cell, is_ratio
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
 
-HOME = Path(__file__).parent
-RESULTS = HOME / "experiments" / "results"
 PLAIN = [name for name, row in ROUTERS.items() if row.exact or row.max_pairs]  # whose shapes are static
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # steps of an Expert Cache, one of which merges its buffers
@@ -60,24 +55,7 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "
 
 
 @dataclass(frozen=True)
-class Options:
-    """Where to compute, and where to keep the results."""
-
-    json: str | None = None  # file to keep the results in
-    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
-    dtype: str = "auto"  # auto, float32, bfloat16 or float16
-    seed: int = 1337  # of what is drawn at random
-
-    may_be_0 = ("seed",)  # other numbers are at least 1
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            low = 0 if name in self.may_be_0 else 1
-            require(isinstance(value, str | bool | None) or value >= low, name, value, f"at least {low}")
-
-
-@dataclass(frozen=True)
-class BenchOptions(Options):
+class BenchOptions(results.Options):
     """What to measure. A size that is not given suits the part and the machine."""
 
     shape: str | None = None  # train and decode: heavy, or the NAME of a config/NAME_topk.py
@@ -97,33 +75,8 @@ class BenchOptions(Options):
     may_be_0 = ("seed", "effort")
 
 
-@dataclass(frozen=True)
-class Bench:
-    """The options, what computes, in which number format, and the clock."""
-
-    config: Options
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, config: Options) -> "Bench":
-        """Raises ValueError for a device that is not there."""
-        device, _ = pick_device(config.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)  # events and memory counters are the current device's
-        return cls(config, device, pick_dtype(config.dtype, device)[0])
-
-    @property
-    def gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def machine(self) -> str:
-        if self.gpu:
-            return torch.cuda.get_device_name(self.device)
-        info = Path("/proc/cpuinfo")
-        model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-        return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+class Bench(results.Machine):
+    """A machine, what is measured on it, and the clock."""
 
     def sized(self, **sizes: int) -> SimpleNamespace:
         """These sizes, but for those that were given."""
@@ -132,7 +85,7 @@ class Bench:
 
     def shape(self, name: str) -> MoEConfig:
         """The architecture of that name, but for the sizes that were given. Raises ValueError for others."""
-        path = HOME / "config" / f"{name}_topk.py"
+        path = results.HOME / "config" / f"{name}_topk.py"
         known = name in SHAPES or path.is_file()
         require(known, "shape", name, f"{', '.join(SHAPES)}, or the NAME of a config/NAME_topk.py")
         settings = {"vocab_size": 4096, **(SHAPES.get(name) or runpy.run_path(str(path)))}
@@ -311,7 +264,7 @@ def bench_train(bench: Bench) -> list[dict]:
     calls = {name: partial(step, name) for name in PLAIN}
     times = bench.interleave(calls, 25)
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
-    known = (peak for name, peak in PEAKS.items() if name in bench.machine and bench.dtype != torch.float32)
+    known = (peak for name, peak in PEAKS.items() if name in bench.name and bench.dtype != torch.float32)
     peak_flops = next(known, None)
     rows = []
     for name, taken in times.items():
@@ -583,134 +536,6 @@ PARTS = {
 # -------------------- showing and keeping -----------------------------------------------------------------
 
 
-def is_ratio(key: str) -> bool:
-    return key.startswith(("time/", "speed/", "bytes/"))
-
-
-def cell(value: object, signed: bool = False) -> str:
-    """A median with its quartiles, a mean with its error, a number or a word, for people."""
-    if isinstance(value, list) and len(value) == 2:
-        middle, error = value
-        exact = middle % 1 == 0 and not error
-        decimals = 0 if exact else max(0, 5 - len(f"{abs(middle) // 1:.0f}"))  # five digits, as kept
-        if error:
-            decimals = max(decimals, min(5, math.ceil(-math.log10(error))))  # a small error is no 0
-        text = f"{middle:{'+' * signed},.{decimals}f}"
-        return text if exact or error is None else f"{text} +-{error:,.{decimals}f}"
-    if isinstance(value, list):
-        return "{:.4g} ({:.4g}-{:.4g})".format(*value)
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "-" if value is None else str(value)
-
-
-def lines_of(rows: list[dict]) -> list[list[str]]:
-    """Head and body of a table of the keys that have a value in some row."""
-    keys = dict.fromkeys(key for row in rows for key in row if row[key] is not None and key != "curves")
-    return [list(keys)] + [[cell(row.get(key), key.endswith("to base")) for key in keys] for row in rows]
-
-
-def show(rows: list[dict]) -> None:
-    lines = lines_of(rows)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for first, *others in lines:
-        print("  ".join([first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:]))]))
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """The table whose first line is the head."""
-    head, *body = [[text.replace("|", r"\|") for text in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
-
-
-def rounded(value: object) -> object:
-    """The same, its floats cut to five digits."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def describe(bench: Bench) -> dict:
-    """Where the figures come from."""
-    packages = [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
-    try:
-        git = ["git", "-C", str(HOME), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": bench.machine,
-        "dtype": str(bench.dtype).removeprefix("torch."),
-        "compile": getattr(bench.config, "compile", None),
-        "system": platform.platform(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),  # of other work, at the start: with any, expect noise
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit,
-        "seed": bench.config.seed,
-    }
-
-
-def measure(bench: Bench, parts: dict[str, tuple[str, Callable]]) -> dict:
-    """Explain, measure and print each part: name -> its explanation and function. All that is kept of it.
-
-    A part that fails leaves the others; if it is the only one, a ValueError is the caller's. Ctrl-C ends
-    measuring, and what has been measured is kept.
-    """
-    report = describe(bench)
-    print(", ".join(f"{key} {report[key]}" for key in ("machine", "dtype", "compile", "versions", "load")))
-    report |= {"parts": {}, "failed": []}
-    if not bench.gpu:
-        keep_freed_memory()
-    for name, (text, part) in parts.items():
-        print(f"\n--- {name}: {text}\n", flush=True)
-        torch.manual_seed(bench.config.seed)
-        start = time.perf_counter()
-        try:
-            report["parts"][name] = rows = rounded(part(bench))
-        except (RuntimeError, ValueError, KeyboardInterrupt) as error:  # too little memory, say
-            if isinstance(error, ValueError) and len(parts) == 1:
-                raise
-            report["failed"].append(name)
-            if isinstance(error, KeyboardInterrupt):
-                print(f"{name} was stopped")
-                break
-            print(f"{name} failed: {error}")
-            continue
-        if rows:
-            show(rows)
-        print(f"({time.perf_counter() - start:.0f} s)", flush=True)
-    return report
-
-
-def finish(report: dict, path: str | None) -> None:
-    """Keep the report at `path`, if it has any row; print it last; exit, with 1 if it has gaps."""
-    if path and any(report["parts"].values()):
-        Path(path).write_text(json.dumps(report, indent=1) + "\n")
-    elif path:
-        print(f"{path} is left as it was: there is no row for it")
-    print("\n" + json.dumps(report))
-    sys.exit(bool(report["failed"] or report.get("missing")))
-
-
-def check_writable(path: Path) -> None:
-    """Raises OSError. A file that is new goes again: who reads results would find none in it."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    open(path, "a").close()
-    if new:
-        path.unlink()
-
-
-def require_matplotlib(name: str) -> None:
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError(f"{name} needs matplotlib, which is not installed: pip install matplotlib")
-
-
 def draw(report: dict, path: str) -> None:
     """The ratios with their quartiles, one line each."""
     from matplotlib.figure import Figure
@@ -728,25 +553,12 @@ def draw(report: dict, path: str) -> None:
     figure.savefig(path)
 
 
-def reports(folder: Path) -> dict[str, dict]:
-    """Of each file that --json kept there, by its stem, the report. Raises ValueError as read_report."""
-    return {path.stem: read_report(path) for path in sorted(folder.glob("*.json"))}
-
-
-def read_report(path: Path) -> dict:
-    """What --json kept. Raises ValueError for a file that is none of those."""
-    try:
-        report = json.loads(path.read_text())
-        return {**report, "parts": {**report["parts"]}}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} holds no results: measure again, or delete it") from None
-
-
 def readme_table(folder: Path) -> str:
     """Markdown: what was aimed at, and what each machine in `folder` gave. Raises ValueError if none did."""
     table: dict[tuple, dict[str, str]] = {}
-    for stem, report in reports(folder).items():
-        machine = f"{stem} ({report['machine']}, {report['dtype']})"
+    for path in sorted(folder.glob("*.json")):
+        report = results.read_report(path)
+        machine = f"{path.stem} ({report['machine']}, {report['dtype']})"
         for part, row in ((part, row) for part, rows in report["parts"].items() for row in rows):
             key = next(filter(is_ratio, row), None)
             if key and (row.get("aim") or row.get("paper")):
@@ -756,13 +568,13 @@ def readme_table(folder: Path) -> str:
     machines = list(dict.fromkeys(machine for found in table.values() for machine in found))
     head = ["`python bench.py`", "of what", "ratio", "aim", "paper", *machines]
     body = [[*line, *(found.get(machine, "-") for machine in machines)] for line, found in table.items()]
-    return markdown([head, *body])
+    return results.markdown([head, *body])
 
 
 def main(argv: list[str]) -> None:
     """Do what is asked for. Raises ValueError or OSError for bad input."""
     if argv == ["table"]:
-        return print(readme_table(RESULTS))
+        return print(readme_table(results.RESULTS))
     texts = {name: inspect.getdoc(part) for name, part in PARTS.items()}
     if "--help" in argv or "-h" in argv:
         print(__doc__, *(f"  {name:10}  {text.splitlines()[0]}" for name, text in texts.items()), sep="\n")
@@ -771,13 +583,13 @@ def main(argv: list[str]) -> None:
         require(name in PARTS, "the part", name, f"one of {', '.join(PARTS)}, or table")
     config = BenchOptions(**parse(argv[len(named) :], BenchOptions)[0])
     if config.plot:
-        require_matplotlib("plot")
+        results.require_matplotlib("plot")
     for path in filter(None, (config.json, config.plot)):  # now, and not when the minutes are spent
-        check_writable(Path(path))
-    report = measure(Bench.of(config), {name: (texts[name], PARTS[name]) for name in named or PARTS})
+        results.check_writable(Path(path))
+    report = results.measure(Bench.of(config), {name: (texts[name], PARTS[name]) for name in named or PARTS})
     if config.plot:
         draw(report, config.plot)
-    finish(report, config.json)
+    results.finish(report, config.json)
 
 
 if __name__ == "__main__":

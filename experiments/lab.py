@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import bench
 import data
+import results
 from config import bad_input_exits, parse, read_file, require
 from experiments import solve
 from model import MoEConfig, MoEGPT, load_checkpoint
@@ -37,8 +37,7 @@ from router import ROUTERS
 from train import evaluate_text
 
 RUNS = Path("out/experiments")
-CODE = [bench.HOME / name for name in ("experiments/lab.py", "experiments/solve.py", "train.py", "model.py")]
-CODE += [bench.HOME / "router.py"]
+CODE = ["experiments/lab.py", "experiments/solve.py", "train.py", "model.py", "router.py"]
 SEEDS, QUICK_SEEDS = 3, 2
 QUICK = 4  # --quick has so many times fewer judged tokens, and fewer of
 QUICKENED = ("max_iters", "warmup_iters", "lr_decay_iters", "first_iters", "eval_interval", "eval_windows")
@@ -67,7 +66,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Options(bench.Options):
+class Options(results.Options):
     """What is trained."""
 
     config: str = "config/compare.py"  # settings of train.py that all runs share
@@ -87,7 +86,7 @@ class OptionsK(Options):
 
 
 @dataclass(frozen=True)
-class Lab(bench.Bench):
+class Lab(results.Machine):
     """The options, what computes, until when, and which trainings failed or did not begin."""
 
     missing: list[str] = field(default_factory=list)
@@ -124,7 +123,7 @@ class Lab(bench.Bench):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
-def run(answer: Callable[[Lab], list[dict]], options: type[bench.Options] = OptionsK) -> None:
+def run(answer: Callable[[Lab], list[dict]], options: type[results.Options] = OptionsK) -> None:
     """What the file of a question does when it is started."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what trains for this shall stop and save
         if signal.getsignal(number) == signal.SIG_DFL:
@@ -133,7 +132,7 @@ def run(answer: Callable[[Lab], list[dict]], options: type[bench.Options] = Opti
         main(answer, options, sys.argv[1:])
 
 
-def main(answer: Callable[[Lab], list[dict]], options: type[bench.Options], argv: list[str]) -> None:
+def main(answer: Callable[[Lab], list[dict]], options: type[results.Options], argv: list[str]) -> None:
     """Answer a question: its docstring, its table, what the columns are, and a line of JSON.
 
     Raises ValueError or OSError for bad input.
@@ -143,12 +142,12 @@ def main(answer: Callable[[Lab], list[dict]], options: type[bench.Options], argv
         print(question + "\n")
     lab = Lab.of(options(**parse(argv, options)[0]))
     if lab.config.json:  # now, and not when the minutes are spent
-        bench.check_writable(Path(lab.config.json))
+        results.check_writable(Path(lab.config.json))
     name = Path(inspect.getfile(answer)).stem
-    report = bench.measure(lab, {name: (question, answer)}) | {"missing": lab.missing}
+    report = results.measure(lab, {name: (question, answer)}) | {"missing": lab.missing}
     columns = dict.fromkeys(key for row in report["parts"].get(name, []) for key in row)
     print(*(f"{key}: {COLUMNS[key]}" for key in columns if key in COLUMNS), sep="\n")
-    bench.finish(report, lab.config.json)
+    results.finish(report, lab.config.json)
 
 
 # -------------------- arms and their rows -----------------------------------------------------------------
@@ -209,7 +208,7 @@ def compare(lab: Lab, arms: list[Arm]) -> list[dict]:
 
     Figures are kept with the run, under a name that differs where the code does.
     """
-    made_by = hashlib.sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()[:8]
+    made_by = hashlib.sha256(b"".join((results.HOME / name).read_bytes() for name in CODE)).hexdigest()[:8]
 
     def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
         load_run(folder)  # raises if its data are not those of today
@@ -314,7 +313,7 @@ def command_line(arm: Arm, settings: dict[str, object]) -> list[str]:
     """What trains an arm."""
     texts = {key: str(v).lower() if isinstance(v, bool | None) else v for key, v in settings.items()}
     options = [f"--{key}={text}" for key, text in texts.items()]
-    return [sys.executable, str(bench.HOME / "train.py"), *map(str, filter(None, [arm.file])), *options]
+    return [sys.executable, str(results.HOME / "train.py"), *map(str, filter(None, [arm.file])), *options]
 
 
 def lock(file: IO) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench import RESULTS, lines_of, markdown, read_report, require_matplotlib
 from config import bad_input_exits, require
 from experiments.lab import mean_and_error
+from results import RESULTS, lines_of, markdown, read_report, require_matplotlib
 
 if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ def table(path: Path) -> str:
     report = read_report(path)
     source = "`{command}`, {machine}, {dtype}, commit {commit}".format(**report)
     tables = [f"**{part}**: {source}\n\n{rows_table(rows)}" for part, rows in report["parts"].items() if rows]
-    require(bool(tables), f"{path}", "without rows", "what --json=FILE of bench.py or of a question wrote")
+    require(bool(tables), f"{path}", "without rows", "what --json=FILE wrote")
     return "\n\n".join(tables)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import bench
 import data
+import results
 from data import AnyTokenizer
 from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of
 from model import Chunk, MoEGPT, load_checkpoint
@@ -22,14 +22,14 @@ CHECK_EVERY = 16  # tokens from one look for final answers to the next
 
 
 @dataclass(frozen=True)
-class Options(bench.Options):
+class Options(results.Options):
     """Which model."""
 
     init_from: str | None = None  # a run, a checkpoint, or a Hugging Face model (none: the task's own run)
     k: int | None = None  # experts per token on average (none: the model's)
 
 
-def open_model(lab: bench.Bench, run: str) -> tuple[MoEGPT, AnyTokenizer, Path]:
+def open_model(lab: results.Machine, run: str) -> tuple[MoEGPT, AnyTokenizer, Path]:
     """The model of init_from, or else of `run`, its tokenizer, and the folder of the run.
 
     A Hugging Face model has no such folder, and gets out/MODEL. A `k` that was given replaces the model's.

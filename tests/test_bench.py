@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
 
 import bench
 import config.device
+import results
 from bench import Bench, BenchOptions
 from config import bad_input_exits
 from model import MoEGPT
@@ -99,7 +101,7 @@ def test_part_gives_what_it_promises(part, run):
     assert rows[0].keys() >= set(FIELDS[part].split(", "))
     for row in rows:
         assert row["what"] in out
-        for middle, low, high in (row[k] for k in row if bench.is_ratio(k) and isinstance(row[k], list)):
+        for middle, low, high in (row[k] for k in row if results.is_ratio(k) and isinstance(row[k], list)):
             assert 0 < low <= middle <= high
     if part == "train":
         assert [row["what"].split(",")[0] for row in rows] == bench.PLAIN
@@ -136,7 +138,7 @@ def test_a_peer_that_fails_or_dies_is_a_line(dies):
     """Whoever asks it for work gets one line that says what went wrong, and need not wait."""
     with bench.new_process() as peer:
         if dies:
-            peer.submit(bench.os._exit, 9)
+            peer.submit(os._exit, 9)
         with pytest.raises(RuntimeError) as error:
             bench.ask(peer, BenchOptions(device="cuda:99"), "ours", "training")
     words = "ours: BrokenProcessPool" if dies else "ours: ValueError: device is cuda:99"
@@ -208,7 +210,7 @@ def test_a_file_that_holds_no_results_is_named(text, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(argv, words, capsys, monkeypatch):
-    monkeypatch.chdir(bench.HOME)
+    monkeypatch.chdir(results.HOME)
     with pytest.raises(SystemExit) as stop, bad_input_exits():
         bench.main(argv)
     error = capsys.readouterr().err

@@ -19,8 +19,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench
 import data
+import results
 import train
 from config import bad_input_exits, parse
 from data.arithmetic.prepare import SPLIT, document, prompt_of
@@ -516,7 +516,7 @@ def test_a_dense_model_stands_beside_routers(ask):
     arms.append(Arm("dense", routers.recipe(ask.lab, "dense", 2), "topk, k=2"))
     topk, dense = lab.compare(ask.lab, arms)
     assert "experts per token" in topk and "experts per token" not in dense
-    assert len(dense["nats, to base"]) == 2 and len(bench.lines_of([topk, dense])) == 3
+    assert len(dense["nats, to base"]) == 2 and len(results.lines_of([topk, dense])) == 3
 
 
 # -------- arms and their runs
@@ -799,7 +799,7 @@ def test_without_time_or_with_runs_that_fail_no_results_are_replaced(command, ow
     ],
 )
 def test_bad_input_is_one_line(module, options, argv, words, capsys, monkeypatch):
-    monkeypatch.chdir(bench.HOME)
+    monkeypatch.chdir(results.HOME)
     monkeypatch.setattr(data, "is_hugging_face", lambda name: False)
     with pytest.raises(SystemExit) as stop, bad_input_exits():
         lab.main(module.answer, options, [*argv, "--device=cpu"])

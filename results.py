@@ -1,0 +1,217 @@
+"""What a measurement prints and keeps: options, machine, tables, and the JSON that --json writes.
+
+A row is a dictionary: "what" names it; a value is a number, a word, a ratio with its quartiles [median, low,
+high], or a mean with its standard error [mean, error].
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from config import require
+from config.device import keep_freed_memory, pick_device, pick_dtype
+
+HOME = Path(__file__).parent
+RESULTS = HOME / "experiments" / "results"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where to compute, and where to keep the results."""
+
+    json: str | None = None  # file to keep the results in
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    dtype: str = "auto"  # auto, float32, bfloat16 or float16
+    seed: int = 1337  # of what is drawn at random
+
+    may_be_0 = ("seed",)  # other numbers are at least 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            low = 0 if name in self.may_be_0 else 1
+            require(isinstance(value, str | bool | None) or value >= low, name, value, f"at least {low}")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The options, and what computes, in which number format."""
+
+    config: Options
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Options) -> Self:
+        """Raises ValueError for a device that is not there."""
+        device, _ = pick_device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # events and memory counters are the current device's
+        return cls(config, device, pick_dtype(config.dtype, device)[0])
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def name(self) -> str:
+        if self.gpu:
+            return torch.cuda.get_device_name(self.device)
+        info = Path("/proc/cpuinfo")
+        model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+        return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+# -------------------- measuring and keeping ---------------------------------------------------------------
+
+
+def measure(machine: Machine, parts: dict[str, tuple[str, Callable]]) -> dict:
+    """Explain, measure and print each part: name -> its explanation and function. All that is kept of it.
+
+    A part that fails leaves the others; if it is the only one, a ValueError is the caller's. Ctrl-C ends
+    measuring, and what has been measured is kept.
+    """
+    report = describe(machine)
+    print(", ".join(f"{key} {report[key]}" for key in ("machine", "dtype", "compile", "versions", "load")))
+    report |= {"parts": {}, "failed": []}
+    if not machine.gpu:
+        keep_freed_memory()
+    for name, (text, part) in parts.items():
+        print(f"\n--- {name}: {text}\n", flush=True)
+        torch.manual_seed(machine.config.seed)
+        start = time.perf_counter()
+        try:
+            report["parts"][name] = rows = rounded(part(machine))
+        except (RuntimeError, ValueError, KeyboardInterrupt) as error:  # too little memory, say
+            if isinstance(error, ValueError) and len(parts) == 1:
+                raise
+            report["failed"].append(name)
+            if isinstance(error, KeyboardInterrupt):
+                print(f"{name} was stopped")
+                break
+            print(f"{name} failed: {error}")
+            continue
+        if rows:
+            show(rows)
+        print(f"({time.perf_counter() - start:.0f} s)", flush=True)
+    return report
+
+
+def describe(machine: Machine) -> dict:
+    """Where the figures come from."""
+    packages = [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
+    try:
+        git = ["git", "-C", str(HOME), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine.name,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "compile": getattr(machine.config, "compile", None),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),  # of other work, at the start: with any, expect noise
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit,
+        "seed": machine.config.seed,
+    }
+
+
+def rounded(value: object) -> object:
+    """The same, its floats cut to five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def finish(report: dict, path: str | None) -> None:
+    """Keep the report at `path`, if it has any row; print it last; exit, with 1 if it has gaps."""
+    if path and any(report["parts"].values()):
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")
+    elif path:
+        print(f"{path} is left as it was: there is no row for it")
+    print("\n" + json.dumps(report))
+    sys.exit(bool(report["failed"] or report.get("missing")))
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError. A file that is new goes again: who reads results would find none in it."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    open(path, "a").close()
+    if new:
+        path.unlink()
+
+
+def read_report(path: Path) -> dict:
+    """What --json kept. Raises ValueError for a file that is none of those."""
+    try:
+        report = json.loads(path.read_text())
+        return {**report, "parts": {**report["parts"]}}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} holds no results: measure again, or delete it") from None
+
+
+# -------------------- tables ------------------------------------------------------------------------------
+
+
+def show(rows: list[dict]) -> None:
+    lines = lines_of(rows)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for first, *others in lines:
+        print("  ".join([first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:]))]))
+
+
+def lines_of(rows: list[dict]) -> list[list[str]]:
+    """Head and body of a table of the keys that have a value in some row."""
+    keys = dict.fromkeys(key for row in rows for key in row if row[key] is not None and key != "curves")
+    return [list(keys)] + [[cell(row.get(key), key.endswith("to base")) for key in keys] for row in rows]
+
+
+def cell(value: object, signed: bool = False) -> str:
+    """A median with its quartiles, a mean with its error, a number or a word, for people."""
+    if isinstance(value, list) and len(value) == 2:
+        middle, error = value
+        exact = middle % 1 == 0 and not error
+        decimals = 0 if exact else max(0, 5 - len(f"{abs(middle) // 1:.0f}"))  # five digits, as kept
+        if error:
+            decimals = max(decimals, min(5, math.ceil(-math.log10(error))))  # a small error is no 0
+        text = f"{middle:{'+' * signed},.{decimals}f}"
+        return text if exact or error is None else f"{text} +-{error:,.{decimals}f}"
+    if isinstance(value, list):
+        return "{:.4g} ({:.4g}-{:.4g})".format(*value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def is_ratio(key: str) -> bool:
+    return key.startswith(("time/", "speed/", "bytes/"))
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """The table whose first line is the head."""
+    head, *body = [[text.replace("|", r"\|") for text in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
+
+
+def require_matplotlib(name: str) -> None:
+    if not importlib.util.find_spec("matplotlib"):
+        raise ValueError(f"{name} needs matplotlib, which is not installed: pip install matplotlib")
