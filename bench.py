@@ -35,7 +35,7 @@ from torch import Tensor
 
 import results
 from config import bad_input_exits, parse, require
-from config.device import give_back_freed_memory, keep_freed_memory, pick_compile
+from config.device import give_back_freed_memory, keep_freed_memory
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
 from results import cell, is_ratio
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
@@ -94,8 +94,7 @@ class Bench(results.Machine):
         return MoEConfig(**{key: value for key, value in settings.items() if key in keys})
 
     def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
-        compile, _ = pick_compile(self.config.compile, self.device, self.dtype)
-        return torch.compile(function, fullgraph=fullgraph) if compile else function
+        return torch.compile(function, fullgraph=fullgraph) if self.compile else function
 
     def text(self, vocab_size: int, batch_size: int, tokens: int) -> Tensor:
         """Token ids (batch_size, tokens), as uneven as words (Zipf's law), so that the experts' load is."""

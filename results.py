@@ -22,7 +22,7 @@ from typing import Self
 import torch
 
 from config import require
-from config.device import keep_freed_memory, pick_device, pick_dtype
+from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
 
 HOME = Path(__file__).parent
 RESULTS = HOME / "experiments" / "results"
@@ -64,6 +64,11 @@ class Machine:
     @property
     def gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def compile(self) -> bool:
+        asked = getattr(self.config, "compile", "false")  # without such an option nothing is compiled
+        return pick_compile(asked, self.device, self.dtype)[0]
 
     @property
     def name(self) -> str:
@@ -121,7 +126,7 @@ def describe(machine: Machine) -> dict:
         "command": " ".join(["python", *sys.argv]),
         "machine": machine.name,
         "dtype": str(machine.dtype).removeprefix("torch."),
-        "compile": getattr(machine.config, "compile", None),
+        "compile": machine.compile,
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),  # of other work, at the start: with any, expect noise
