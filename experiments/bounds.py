@@ -1,9 +1,9 @@
 """How much do max_experts, min_experts and the strict budget matter?
 
-The paper lets a token have K + 2 experts at most and one at least, and says that the online rule never
-overspends. Here runs are trained and decoded within other bounds, and compared to the defaults (min_experts=1
-and max_experts=K+2); online SeqTopK is trained with and without the strict budget. The last row is the first
-one's runs, decoded without the strict budget.
+The paper lets a token have at least one expert and at most K + 2; its results with K + 1 to K + 4 fluctuate.
+It says that the online rule never overspends, but without the strict budget it can. Here runs are trained and
+decoded within other bounds, and compared to the defaults (min_experts=1 and max_experts=K+2); online SeqTopK
+is trained with and without the strict budget. The last row is the first one's runs, decoded without it.
 """
 
 import sys

@@ -1,9 +1,10 @@
 """Do hard tokens get more experts?
 
-The paper says so of SeqTopK. "rho": Spearman's rank correlation, over the tokens of the validation text, of a
-token's experts (mean over layers) with the entropy, and with the loss, of the prediction made there. Then the
-experts and the loss of some kinds of tokens: in arithmetic, of what is read and of what is predicted; in
-other text, of the tokens, read at least 50 times, that get the most and the fewest experts under each router.
+That is the idea of SeqTopK, though the paper finds "the" among the tokens with the most. "rho": Spearman's
+rank correlation, over the tokens of the validation text, of a token's experts (mean over layers) with the
+entropy, and with the loss, of the prediction made there. Then the experts and the loss of some kinds of
+tokens: in arithmetic, of what is read and of what is predicted; in other text, of the tokens, read at least
+50 times, that get the most and the fewest experts under each router.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Is a TopK checkpoint better when it is trained on with SeqTopK than with TopK?
 
-The paper fine-tunes a pretrained OLMoE for some hundred iterations. Here a TopK run goes on for 100
+The paper tunes pretrained models, which takes about 100 iterations. Here a TopK run goes on for 100
 iterations (--quick: 25) with other batches, under TopK, SeqTopK and online SeqTopK; the last two are compared
 to the first. The first two rows are the checkpoint itself, decoded by TopK and by online SeqTopK without any
 tuning.

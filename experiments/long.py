@@ -1,9 +1,9 @@
 """In texts of four times the training context, what becomes of experts per token and budget?
 
-The paper decodes texts longer than those it trained on. Here the caches hold all of the text, so that no
-window begins anew; the text is the model's own (written) or the validation data's (read). Rows are its
-quarters: "experts per token" in that quarter, and "spent", the share of the budget of all tokens so far, at
-its end. Positions beyond the first quarter are new to the model: what it writes gets worse there.
+A strict budget should hold at any length. The caches hold all of the text, so that no window begins anew; the
+text is the model's own (written) or the validation data's (read). Rows are its quarters: "experts per token"
+in that quarter, and "spent", the share of the budget of all tokens so far, at its end. Positions beyond the
+first quarter are new to the model: what it writes gets worse there.
 """
 
 import sys
