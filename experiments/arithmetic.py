@@ -17,17 +17,16 @@ from router import ROUTERS
 
 
 @dataclass(frozen=True)
-class Options(solve.Options):
+class Options(solve.DecodeOptions):
     """Which problems."""
 
-    router: str | None = None  # any causal one (none: the stand-in for the run's own)
     problems: int = 300  # so many of each level
     batch_size: int = 100  # problems at once
 
 
 def answer(bench: lab.Lab) -> list[dict]:
     config = bench.config
-    model, tokenizer, folder = solve.open_model(bench, "out/arithmetic_seqtopk")
+    model, tokenizer, folder = solve.open_model(bench, "out/arithmetic_seqtopk", config.k)
     chosen = solve.test_problems(data.load("arithmetic").folder, config.problems)
     solved = solve.solve(model, tokenizer, chosen, config.router, config.batch_size)
     name = f"{folder}, router {config.router or ROUTERS[model.config.router].decode}"

@@ -33,10 +33,9 @@ ANSWER_TOKENS = 400  # the most for an answer
 
 
 @dataclass(frozen=True)
-class Options(solve.Options):
+class Options(solve.DecodeOptions):
     """Which problems."""
 
-    router: str | None = None  # any causal one (none: the stand-in for the run's own)
     problems: int | None = None  # so many (none: all)
     shots: int = 0  # solved examples in the prompt, for models that were not fine-tuned
     dataset: str = "gsm8k"  # where test.jsonl and the examples come from
@@ -47,7 +46,7 @@ class Options(solve.Options):
 
 def answer(bench: lab.Lab) -> list[dict]:
     config = bench.config
-    model, tokenizer, folder = solve.open_model(bench, "out/finetune_olmoe_gsm8k")
+    model, tokenizer, folder = solve.open_model(bench, "out/finetune_olmoe_gsm8k", config.k)
     dataset = data.load(config.dataset)
     problems = read_test(dataset.folder / "test.jsonl")[: config.problems]
     before = examples(dataset, config.shots)

@@ -26,17 +26,24 @@ class Options(results.Options):
     """Which model."""
 
     init_from: str | None = None  # a run, a checkpoint, or a Hugging Face model (none: the task's own run)
+
+
+@dataclass(frozen=True)
+class DecodeOptions(Options):
+    """How it writes."""
+
+    router: str | None = None  # any causal one (none: the stand-in for the run's own)
     k: int | None = None  # experts per token on average (none: the model's)
 
 
-def open_model(lab: results.Machine, run: str) -> tuple[MoEGPT, AnyTokenizer, Path]:
-    """The model of init_from, or else of `run`, its tokenizer, and the folder of the run.
+def open_model(machine: results.Machine, run: str, k: int | None = None) -> tuple[MoEGPT, AnyTokenizer, Path]:
+    """The model of init_from, or else of `run`, with that k if any, its tokenizer, and the folder of the run.
 
-    A Hugging Face model has no such folder, and gets out/MODEL. A `k` that was given replaces the model's.
+    A Hugging Face model has no such folder, and gets out/MODEL.
     """
-    name = lab.config.init_from
+    name = machine.config.init_from
     if name and data.is_hugging_face(name):
-        tokenizer, model = data.hf_tokenizer(name), MoEGPT.from_pretrained(name, lab.device)
+        tokenizer, model = data.hf_tokenizer(name), MoEGPT.from_pretrained(name, machine.device)
         folder = Path("out") / Path(name).resolve().name
     else:
         path = Path(name or run)
@@ -44,8 +51,8 @@ def open_model(lab: results.Machine, run: str) -> tuple[MoEGPT, AnyTokenizer, Pa
         checkpoint, folder = load_checkpoint(path), path.parent
         tokenizer = data.make_tokenizer(checkpoint.get("tokenizer"))
         model = MoEGPT.from_checkpoint(checkpoint)
-    model = model.to(lab.device).cast(lab.dtype).eval()
-    return with_k(model, lab.config.k) if lab.config.k else model, tokenizer, folder
+    model = model.to(machine.device).cast(machine.dtype).eval()
+    return with_k(model, k) if k else model, tokenizer, folder
 
 
 def with_k(model: MoEGPT, k: int) -> MoEGPT:

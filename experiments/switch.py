@@ -2,9 +2,9 @@
 
     python experiments/switch.py --init_from=allenai/OLMoE-1B-7B-0924 --text=FILE
 
-TopK, SeqTopK and online SeqTopK at K = 8, 4 and 2 (or --k), on a text of yours. SeqTopK as it trains sees
-tokens that come later, so its loss is no likelihood of the text; that of online SeqTopK, which sees none, is
-what a user of the model would get.
+TopK, SeqTopK and online SeqTopK at K = 8, 4 and 2, on a text of yours. SeqTopK as it trains sees tokens
+that come later, so its loss is no likelihood of the text; that of online SeqTopK, which sees none, is what a
+user of the model would get.
 """
 
 import sys
