@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference import ref_online_seqtopk, ref_seqtopk
 
 import data
 import results
@@ -25,10 +26,10 @@ import train
 from config import bad_input_exits, parse
 from data.arithmetic.prepare import SPLIT, document, prompt_of
 from data.arithmetic.problems import make_problem
-from experiments import arithmetic, difficulty, gap, lab, length, prune, report, routers, solve, sparsity
+from experiments import arithmetic, batches, difficulty, lab, length, prune, report, routers, solve, sparsity
 from experiments.lab import Arm, Lab, OptionsK
 from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
-from router import ROUTERS, online_seqtopk
+from router import ROUTERS
 
 CONFIG = """
 dataset = {dataset!r}
@@ -52,8 +53,27 @@ def train_here(command, output):
     return 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_routers():
+    """The routers that files of experiments/ define are gone again for other tests."""
+    before = dict(ROUTERS)
+    yield
+    ROUTERS.clear()
+    ROUTERS.update(before)
+
+
 @pytest.fixture(scope="module")
-def ask(tmp_path_factory):
+def gap(own_routers):
+    return importlib.import_module("experiments.gap")
+
+
+@pytest.fixture(scope="module")
+def discount(own_routers):
+    return importlib.import_module("experiments.discount")
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory, gap):
     """Rows of a question (each answered once), with a toy config: two seeds, runs shared by the questions."""
     folder = tmp_path_factory.mktemp("runs")
     rng = random.Random(0)
@@ -347,32 +367,56 @@ def test_frequent_tokens_are_those_read_fifty_times():
     assert torch.equal(found["'A', read"], x == 65) and found["'\\n', read"].sum() == 61
 
 
-# -------- gap and prune
+# -------- gap, discount and prune
+
+
+def tied_scores(seed, B=3, T=20, E=8):
+    """(B, T, E) multiples of 1/8 from -1/2 on: many tie, some are below 0."""
+    return torch.randint(-4, 8, (B, T, E), generator=torch.Generator().manual_seed(seed)) / 8
+
+
+def test_discount_by_rank_by_hand(discount):
+    """The nth best is divided by n, below 0 multiplied; of equals the lower expert is the better one."""
+    scores = torch.tensor([[0.125, 0.5, 0.375], [-2.0, -0.5, -1.0], [0.5, 0.5, 0.5], [-1.0, -1.0, 0.25]])
+    want = [[0.125 / 3, 0.5, 0.1875], [-6, -0.5, -2], [0.5, 0.25, 0.5 / 3], [-2, -3, 0.25]]
+    torch.testing.assert_close(discount.discount_by_rank(scores), torch.tensor(want))
+    assert torch.equal(discount.discount_by_rank(torch.tensor([0.0, -0.0, 0.0])), torch.zeros(3))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_discounting_keeps_the_order_of_a_token(discount, seed):
+    scores = tied_scores(seed)
+    both = torch.stack([scores, discount.discount_by_rank(scores)])
+    assert torch.equal(*both.argsort(dim=-1, descending=True, stable=True))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_discounted_rules_are_their_definitions(discount, k, strict):
+    """SeqTopK's for discounted scores, with no bound from above; the cache gives the same in chunks."""
+    scores = tied_scores(k)
+    discounted = discount.discount_by_rank(scores)
+    assert torch.equal(discount.seqtopk_discount(scores, k), ref_seqtopk(discounted, k, 1, 8))
+    online = discount.online_seqtopk_discount(scores, k, strict)
+    assert torch.equal(online, ref_online_seqtopk(discounted, k, 1, 8, strict))
+    cache = discount.DiscountCache(3, 20, k, 8, strict=strict)
+    assert torch.equal(torch.cat([cache.select(part) for part in scores.split([7, 1, 1, 11], 1)], 1), online)
 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("bounds", [(1, None), (0, 3), (2, 2)])
-def test_a_prior_stands_for_tokens_before_the_first(bounds, strict):
-    """The mask is that of the tokens' own rows behind n0 others, unless the strict budget cuts it; a prior
-    of no tokens is none."""
-    g = torch.Generator().manual_seed(0)
-    scores = torch.rand(3, 20, 8, generator=g)
-    before = torch.rand(1, 5, 8, generator=g)
+def test_online_seqtopk_with_a_prior_is_its_definition(gap, bounds, strict):
+    """Its candidates compete as earlier tokens' would, and win ties; only real tokens spend. That of no tokens
+    is none, and the order of its candidates does not matter."""
+    scores, before = tied_scores(0), tied_scores(1, 1, 5)
     min_experts, u = bounds[0], bounds[1] or 4
-    ranked = before.sort(descending=True).values[..., min_experts:u]
-    select = gap.online_seqtopk_prior
-    found = select(scores, 2, *bounds, strict, state={"prior": ranked.flatten()})
-    whole = online_seqtopk(torch.cat([before.expand(3, -1, -1), scores], 1), 2, *bounds, strict=False)
-    if strict:
-        spent, budget = found.sum(-1).cumsum(-1), 2 * torch.arange(1, 21)
-        assert (spent <= budget).all() and (found <= whole[:, 5:]).all()
-    else:
-        assert torch.equal(found, whole[:, 5:])
-    none = select(scores, 2, *bounds, strict, state={"prior": torch.empty(0)})
-    assert torch.equal(none, online_seqtopk(scores, 2, *bounds, strict))
+    prior = before.sort(descending=True).values[..., min_experts:u].flatten()
+    for n, some in ((5, prior), (5, prior.flip(0)), (0, prior[:0])):
+        found = gap.online_seqtopk_prior(scores, 2, *bounds, strict, state={"prior": some})
+        assert torch.equal(found, ref_online_seqtopk(scores, 2, *bounds, strict, prior=(n, some)))
 
 
-def test_a_prior_is_made_of_quantiles():
+def test_a_prior_is_made_of_quantiles(gap):
     """Of n0 * c values at the middles of equal shares of the candidates; their bounds are the router's."""
     scores = torch.arange(1000.0).view(1, 100, 10)  # the candidates of rank 2 and 3 are 8, 7, 18, 17 ...
     candidates = (scores[0, :, [8, 7]]).flatten().sort().values
@@ -382,7 +426,7 @@ def test_a_prior_is_made_of_quantiles():
     assert torch.equal(gap.prior(scores, 1, 100), candidates)
 
 
-def test_the_rows_of_gap_are_losses_under_the_usual_prior(ask):
+def test_the_rows_of_gap_are_losses_under_the_usual_prior(ask, gap):
     """n0 = 64: the loss with as many quantiles of each layer's own scores."""
     run, rows = opened(ask, "seqtopk", router="online_seqtopk_prior"), ask("gap")
     x = usual_text(ask, run)
@@ -794,7 +838,7 @@ def test_without_time_or_with_runs_that_fail_no_results_are_replaced(command, ow
         (sparsity, lab.Options, ["--k=4"], ["unknown key 'k'"]),
         (sparsity, lab.Options, ["--seeds=0"], ["seeds", "at least 1"]),
         (sparsity, lab.Options, ["--config=config/compar.py"], ["config/compar.py", "did you mean"]),
-        (gap, OptionsK, ["--k=2", "--config=config/small_dense.py"], ["n_expert", "at least 2"]),
+        (batches, OptionsK, ["--k=2", "--config=config/small_dense.py"], ["n_expert", "at least 2"]),
         (arithmetic, arithmetic.Options, ["--init_from=nowhere/x"], ["nowhere"]),
     ],
 )
