@@ -406,8 +406,8 @@ def test_the_discounted_rules_are_their_definitions(discount, k, strict):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("bounds", [(1, None), (0, 3), (2, 2)])
 def test_online_seqtopk_with_a_prior_is_its_definition(gap, bounds, strict):
-    """Its candidates compete as earlier tokens' would, and win ties; only real tokens spend. That of no tokens
-    is none, and the order of its candidates does not matter."""
+    """Its candidates compete as earlier tokens' would, and win ties; only real tokens spend. One of no
+    tokens is none, and the order of its candidates does not matter."""
     scores, before = tied_scores(0), tied_scores(1, 1, 5)
     min_experts, u = bounds[0], bounds[1] or 4
     prior = before.sort(descending=True).values[..., min_experts:u].flatten()
