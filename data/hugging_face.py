@@ -361,18 +361,16 @@ def family_of(config: dict, defaults: dict, free: Iterable[str]) -> str:
     defaults: what MoEConfig has where nothing is said. Raises ValueError naming a field that no family can
     express.
     """
-    require(
-        config["n_expert"] >= 2, "n_expert", config["n_expert"], "at least 2 to be saved for transformers"
-    )
+    n_expert = config["n_expert"]
+    require(n_expert >= 2, "n_expert", n_expert, "at least 2 to be saved for transformers")
     unlike = {}
     for kind, family in FAMILIES.items():
-        said = {*family.keys.values(), *free}
-        always = {field: value for field, value in (defaults | family.implied).items() if field not in said}
-        unlike[kind] = {field: value for field, value in always.items() if config[field] != value}
+        said, always = {*family.keys.values(), *free}, defaults | family.implied
+        unlike[kind] = {f: value for f, value in always.items() if f not in said and config[f] != value}
     nearest = min(unlike, key=lambda kind: len(unlike[kind]))
     for field, value in unlike[nearest].items():
         allowed = f"{value} to be saved as {nearest}, the nearest family"
-        require(False, field, config[field], allowed)
+        require(config[field] == value, field, config[field], allowed)
     return nearest
 
 

@@ -18,8 +18,6 @@ from tiktoken_ext import openai_public
 import data
 import data.source
 from data import (
-    Tokenizer,
-    gpt2_tokenizer,
     hf_tokenizer,
     load,
     make_tokenizer,
@@ -36,7 +34,7 @@ from data.pysource import prepare as pysource
 from data.shakespeare import prepare as shakespeare
 from data.source import pieces, sample
 from data.textfile import prepare as textfile
-from data.tokenizer import END_OF_TEXT, choose_tokenizer
+from data.tokenizer import END_OF_TEXT, Tokenizer, choose_tokenizer, gpt2_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -827,7 +825,7 @@ def test_shakespeare_refuses_another_text(tmp_path):
     (tmp_path / "x.txt").write_text(TEXT)
     with pytest.raises(ValueError, match=r"use data/textfile/prepare.py.*sha256"):
         shakespeare.main([f"--source={tmp_path / 'x.txt'}"])
-    with pytest.raises(OSError, match="No such file .*y.txt"):
+    with pytest.raises(OSError, match=r"No such file .*y.txt"):
         shakespeare.main([f"--source={tmp_path / 'y.txt'}"])
 
 
