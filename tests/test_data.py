@@ -310,19 +310,15 @@ def test_batches_are_a_pure_function_of_the_step():
     assert len({*map(tuple, [forward[0], *others])}) == 9
 
 
-def test_a_batch_straddles_epochs():
-    """A batch may be larger than several epochs and is still full."""
+def test_short_epochs():
+    """A batch may straddle epochs and is still full; over many epochs every offset of the tiling occurs, and
+    no window reaches beyond the end."""
     x, _ = train_batch(TOKENS[:35], 1, 16, BLOCK, 0)  # 2 windows an epoch
     assert x.shape == (16, BLOCK)
     assert all(abs(int(a) - int(b)) == BLOCK for a, b in zip(x[::2, 0], x[1::2, 0], strict=True))
-
-
-def test_offsets_reach_every_place():
-    """Over many epochs every offset of the tiling occurs, and no window reaches beyond the end."""
-    tokens = np.arange(2 * BLOCK + 1).astype("<u2")  # one window an epoch
-    seen = {starts(step, batch=1, tokens=tokens)[0] for step in range(300)}
-    assert seen == set(range(BLOCK))
-    assert starts(0, batch=3, tokens=tokens[: BLOCK + 1]) == [0, 0, 0]
+    one_window = np.arange(2 * BLOCK + 1).astype("<u2")
+    assert {starts(step, batch=1, tokens=one_window)[0] for step in range(300)} == set(range(BLOCK))
+    assert starts(0, batch=3, tokens=TOKENS[: BLOCK + 1]) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("n_windows", [1, 3, 20, 99, 100, 1000])
@@ -401,24 +397,19 @@ def test_too_short_for_a_window():
 # ---- dataset files
 
 
-def test_documents_end_with_end_of_text(dataset, bpe):
-    """Documents are stored one after another, each followed by end-of-text, with true counts in meta.json."""
+def test_documents_end_with_end_of_text(dataset, tmp_path, bpe):
+    """Documents are stored one after another, each followed by end-of-text, with true counts in meta.json;
+    given as ids, or as a generator's items, they give the same files."""
     loaded = load(str(dataset))
     assert loaded.train.dtype == np.uint16
     assert loaded.train.tolist() == [*bpe.encode(TEXT), bpe.eot, *bpe.encode("second"), bpe.eot]
     assert loaded.tokenizer.fingerprint == bpe.fingerprint
     train = {"documents": 2, "tokens": len(loaded.train), "bytes": len(TEXT) + len("second")}
     assert loaded.meta["train"] == train and loaded.meta["vocab_size"] == 350
-
-
-def test_ids_and_texts_are_written_alike(tmp_path, bpe):
-    """A document given as ids, as a generator's item, or as a long text gives the same file."""
-    long = TEXT * 10
-    write_dataset(tmp_path / "a", [long], ["v"], bpe, "0")
-    ids = (bpe.encode(text) for text in [long])
-    write_dataset(tmp_path / "b", ids, [np.array(bpe.encode("v"))], bpe, "0")
-    for name in ("train.bin", "val.bin"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    ids = (bpe.encode(text) for text in (TEXT, "second"))
+    write_dataset(tmp_path / "ids", ids, [np.array(bpe.encode(TEXT[:500]))], bpe, "0" * 64)
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "ids" / name).read_bytes() == (dataset / name).read_bytes()
 
 
 def snapshot(folder):
@@ -545,7 +536,7 @@ def test_worked_steps_are_right(splits):
 
 def test_splits_never_overlap(splits):
     """No problem occurs twice, within a split or across, whatever its case, spaces and punctuation; all
-    levels are in every split equally often."""
+    levels are in every split equally often; a seed fixes all problems, and those of the test alone."""
     assert arithmetic.normalized("Tom has  3 pies.") == arithmetic.normalized("tom has 3 pies?")
     assert arithmetic.normalized("Tom has 3 pies.") != arithmetic.normalized("Tom has 4 pies.")
     keys = [arithmetic.normalized(problem["question"]) for split in splits for problem in split]
@@ -553,10 +544,6 @@ def test_splits_never_overlap(splits):
     for split in splits:
         counts = np.bincount([problem["level"] for problem in split])
         assert len(counts) == 6 and counts[1:].max() - counts[1:].min() <= 1
-
-
-def test_problems_are_deterministic(splits):
-    """A seed fixes all problems, the test set whatever the number of others; another seed differs."""
     assert arithmetic.make_splits(3000, 7) == splits
     assert arithmetic.make_splits(100, 7)[2] == splits[2] != arithmetic.make_splits(100, 8)[2]
 
@@ -659,27 +646,36 @@ def test_textfile_reads_a_folder(tmp_path):
     assert sorted(train + val) == list(range(40)) and 5 <= len(val) <= 8
 
 
+AB = '{"ask": "a", "say": "b"}\n'
+FIELDS = ["--prompt_field=ask", "--answer_field=say"]
+
+
 @pytest.mark.parametrize(
-    ("content", "option", "words"),
+    ("script", "content", "words"),
     [
-        (None, "", "cannot be read"),
-        (b"", "", "holds 0 characters"),
-        (b"short", "", "holds 5 characters of text; give at least 1,000"),
-        (b"\xff\xfe" * 999, "", "is not UTF-8 text: byte 0 is 0xff"),
-        (b"a\0" * 999, "", "zero byte"),
-        (TEXT.encode(), "--val_fraction=0", "val_fraction is 0.0"),
-        (TEXT.encode(), "--vocab_size=9", "vocab_size is 9"),
-        (TEXT.encode(), "--tokenizer=nowhere.json", "nowhere.json is neither"),
+        (textfile, None, "cannot be read"),
+        (textfile, "", "holds 0 characters"),
+        (textfile, "short", "holds 5 characters of text; give at least 1,000"),
+        (textfile, b"\xff\xfe" * 999, "is not UTF-8 text: byte 0 is 0xff"),
+        (textfile, b"a\0" * 999, "zero byte"),
+        (pairs, None, "cannot be read"),
+        (pairs, "", "holds 0 pairs"),
+        (pairs, "\n" + AB, "holds 1 pairs"),
+        (pairs, AB + '{"ask": "a", "say": "c"}', "all pairs have the same prompt"),
+        (pairs, AB + '{"ask": "a"}', "line 2 has no field 'say'; its fields are 'ask'"),
+        (pairs, AB + '\n{"ask": "a"', "line 3 is not JSON"),
+        (pairs, '["a", "b"]', "line 1 is not a JSON object"),
+        (pairs, '{"ask": "a", "say": " "}', "line 1: field 'say' is ' ', but must be a text"),
+        (pairs, '{"ask": 1, "say": "b"}', "line 1: field 'ask' is 1, but must be a text"),
     ],
 )
-def test_textfile_refuses_and_keeps_the_old(dataset, tmp_path_factory, content, option, words):
-    """Any source or option that cannot work is one line, and the dataset that was there stays."""
-    source = tmp_path_factory.mktemp("source") / "text"
-    if content is not None:
-        source.write_bytes(content)
+def test_bad_sources(dataset, tmp_path_factory, script, content, words):
+    """A source that is no text, too little, or not of pairs is one line, which names the line that is wrong,
+    and the dataset that was there stays."""
+    source = tmp_path_factory.mktemp("source")
+    write_tree(source, {} if content is None else {"source": content})
     before = snapshot(dataset)
-    argv = [f"--source={source}", f"--out_dir={dataset}", option]
-    refused(words, textfile.main, [arg for arg in argv if arg])
+    refused(words, run, script, source / "source", dataset, *(FIELDS if script is pairs else []))
     assert snapshot(dataset) == before
 
 
@@ -691,12 +687,14 @@ def test_textfile_refuses_and_keeps_the_old(dataset, tmp_path_factory, content, 
         (arithmetic, ["--n_problems=many"], "--n_problems=many is not allowed"),
         (arithmetic, ["--problems=9"], "unknown key 'problems'"),
         (pairs, [], "say what to read"),
-        (pairs, ["--source=nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (pairs, ["--source=x", "--val_fraction=1"], r"val_fraction is 1\.0"),
         (pysource, ["--val_fraction=1"], r"val_fraction is 1\.0"),
         (shakespeare, [f"--source={__file__}"], r"use data/textfile/prepare.py.*sha256"),
         (shakespeare, ["--source=nowhere.txt"], r"No such file .*nowhere.txt"),
         (textfile, [], "say what to read"),
+        (textfile, ["--source=x", "--val_fraction=0"], r"val_fraction is 0\.0"),
+        (textfile, [f"--source={__file__}", "--vocab_size=9"], "vocab_size is 9"),
+        (textfile, [f"--source={__file__}", "--tokenizer=nowhere.json"], "nowhere.json is neither"),
     ],
 )
 def test_bad_options(script, argv, words):
@@ -779,9 +777,6 @@ def test_pysource_roots_exist():
 # ---- pairs and gsm8k
 
 
-FIELDS = ["--prompt_field=ask", "--answer_field=say"]
-
-
 @pytest.fixture
 def rows(tmp_path):
     """A file of pairs."""
@@ -802,26 +797,6 @@ def test_pairs(rows, tmp_path):
         asked.append(set(numbers))
     assert asked[0] | asked[1] == set(range(60)) and not asked[0] & asked[1]
     assert 3 < len(asked[1]) < 25
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "holds 0 pairs"),
-        ('\n{"ask": "a", "say": "b"}\n', "holds 1 pairs"),
-        ('{"ask": "a", "say": "b"}\n{"ask": "a", "say": "c"}', "all pairs have the same prompt"),
-        ('{"ask": "a", "say": "b"}\n{"ask": "a"}', r"line 2 has no field 'say'; its fields are 'ask'"),
-        ('{"ask": "a", "say": "b"}\n\n{"ask": "a"', r"line 3 is not JSON"),
-        ('["a", "b"]', r"line 1 is not a JSON object"),
-        ('{"ask": "a", "say": " "}', r"line 1: field 'say' is ' ', but must be a text"),
-        ('{"ask": 1, "say": "b"}', r"line 1: field 'ask' is 1, but must be a text"),
-    ],
-)
-def test_bad_pairs(tmp_path, text, words):
-    """What is wrong is said of the line that has it, in one line, and nothing is written."""
-    (tmp_path / "rows.jsonl").write_text(text)
-    refused(words, run, pairs, tmp_path / "rows.jsonl", tmp_path / "new", *FIELDS)
-    assert not (tmp_path / "new").exists()
 
 
 def test_gsm8k_downloads(tmp_path, monkeypatch):
