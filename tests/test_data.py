@@ -96,14 +96,15 @@ def in_tiktokens_words(meta):
 @pytest.mark.parametrize("pattern", [SPLIT, openai_public.r50k_pat_str, arithmetic.SPLIT])
 def test_cutting_a_text_changes_no_token(pattern):
     """Cut at newlines between visible characters, a text encodes as it does whole."""
-    tokenizer = train_bpe([TEXT, ODD], 600, "cut", pattern)
+    tokenizer = train_bpe([TEXT, ODD, *["x \n"] * 99], 600, "cut", pattern)
     text = (TEXT + ODD + "\n\n x\n\nit\n's\n9\n9.\n.\n") * 20
     cut = [part for line in text.splitlines(keepends=True) for part in pieces(line + "x\n'" + line, 40)]
     assert all(0 < len(part) <= 40 for part in cut)
-    parts = list(pieces(text, 500))
-    assert "".join(parts) == text and len(parts) > len(text) / 500
-    whole = tiktoken.Encoding(**in_tiktokens_words(tokenizer.meta)).encode_ordinary(text)
-    assert [i for part in parts for i in tokenizer.encode(part)] == whole
+    reference = tiktoken.Encoding(**in_tiktokens_words(tokenizer.meta))
+    for whole, size in ((text, 500), ("word \nnext.\n" * 99, 20)):
+        parts = list(pieces(whole, size))
+        assert "".join(parts) == whole and len(parts) > len(whole) / size
+        assert [i for part in parts for i in tokenizer.encode(part)] == reference.encode_ordinary(whole)
 
 
 def test_unseen_characters_are_named():
@@ -637,6 +638,7 @@ def test_textfile_reads_a_folder(tmp_path):
     """Every text file of a folder is in one split; binaries, hidden files and the output are skipped."""
     names = {f"part{i % 3}/{i:02d}.md": f"document {i}\n" + TEXT[i : i + 200] for i in range(40)}
     others = {"image.png": bytes(range(256)), "zero.txt": b"a\0b", "empty.txt": "", ".git/config": "hidden"}
+    others[".notes.txt"] = "hidden"
     write_tree(tmp_path, names | others)
     opened = run(textfile, tmp_path, tmp_path / "out", "--val_fraction=0.2")
     first = snapshot(tmp_path / "out")

@@ -176,6 +176,7 @@ LEFT_OUT = ("norm_topk_prob", "rms_norm_eps", "tie_word_embeddings", "rope_param
         ("qwen2 grouped, normalised", OLD | {"rope_theta": 1e4}),
         ("qwen3", OLD | {"rope_theta": 1e4, "num_local_experts": ..., "num_experts": 8}),
         ("mixtral grouped, tied", OLD | {"rope_theta": 500.0}),
+        ("mixtral", {"num_local_experts": ..., "num_experts": 8}),
         ("olmoe", dict.fromkeys(LEFT_OUT, ...)),
         ("olmoe", {"sliding_window": 4096, "use_sliding_window": False}),
     ],
