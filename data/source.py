@@ -125,9 +125,8 @@ def _fetch(url: str, path: Path) -> None:
 def check_sha256(path: Path, sha256: str, what: str) -> None:
     """ValueError unless the file has this checksum."""
     if (found := file_sha256(path)) != sha256:
-        raise ValueError(
-            f"{what} has the sha256 {found[:16]}..., expected {sha256[:16]}...: it is not the same file"
-        )
+        differ = f"has the sha256 {found[:16]}..., expected {sha256[:16]}..."
+        raise ValueError(f"{what} {differ}: it is not the same file")
 
 
 def file_sha256(path: Path) -> str:

@@ -70,10 +70,7 @@ class Tokenizer:
         """Bytes of the ids, end-of-text written out. ValueError names an id outside the vocabulary."""
         ids = [int(i) for i in ids]
         foreign = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-        if foreign is not None:
-            raise ValueError(
-                f"token id {foreign} is not in the vocabulary: allowed are 0..{self.vocab_size - 1}"
-            )
+        require(foreign is None, "token id", foreign, f"0 to {self.vocab_size - 1}, as in the vocabulary")
         return self._encoding.decode_bytes(ids)
 
     @functools.cached_property
