@@ -11,7 +11,6 @@ better; `speed/x` is its inverse. Every run ends with one line of JSON, which --
 """
 
 import copy
-import importlib
 import importlib.util
 import inspect
 import math
@@ -37,17 +36,16 @@ import results
 from config import bad_input_exits, parse, require
 from config.device import give_back_freed_memory, keep_freed_memory
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
-from results import cell, is_ratio
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
 
 PLAIN = [name for name, row in ROUTERS.items() if row.exact or row.max_pairs]  # whose shapes are static
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # steps of an Expert Cache, one of which merges its buffers
 INIT_STD = 0.02  # of the model's random weights
-HEAVY = {"n_layer": 4, "n_head": 8, "n_embd": 1024, "n_hidden": 512, "n_expert": 64, "k": 8}
 OLMOE = MoEConfig(50304, 4096, n_layer=16, n_head=16, n_embd=2048, n_hidden=1024, n_expert=64, k=8)
 SHAPES = {  # besides those of config/NAME_topk.py
-    "heavy": HEAVY | {"block_size": 4096, "vocab_size": 512},
+    "heavy": {"n_layer": 4, "n_head": 8, "n_embd": 1024, "n_hidden": 512, "n_expert": 64, "k": 8}
+    | {"block_size": 4096, "vocab_size": 512},
     "peers": {"n_embd": 256, "n_hidden": 680, "qk_norm": "full"},
 }
 # FLOP/s in half precision without sparsity, from the vendor's data sheets
@@ -80,8 +78,7 @@ class Bench(results.Machine):
 
     def sized(self, **sizes: int) -> SimpleNamespace:
         """These sizes, but for those that were given."""
-        given = {name: getattr(self.config, name) for name in sizes}
-        return SimpleNamespace(**{name: given[name] or size for name, size in sizes.items()})
+        return SimpleNamespace(**{name: getattr(self.config, name) or size for name, size in sizes.items()})
 
     def shape(self, name: str) -> MoEConfig:
         """The architecture of that name, but for the sizes that were given. Raises ValueError for others."""
@@ -263,8 +260,8 @@ def bench_train(bench: Bench) -> list[dict]:
     calls = {name: partial(step, name) for name in PLAIN}
     times = bench.interleave(calls, 25)
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
-    known = (peak for name, peak in PEAKS.items() if name in bench.name and bench.dtype != torch.float32)
-    peak_flops = next(known, None)
+    peaks = {} if bench.dtype == torch.float32 else PEAKS
+    peak_flops = next((peak for name, peak in peaks.items() if name in bench.name), None)
     rows = []
     for name, taken in times.items():
         rate = size.batch_size * size.tokens / median(taken)
@@ -316,14 +313,13 @@ def bench_decode(bench: Bench) -> list[dict]:
     rows, given = [], bench.config
     for shape in [given.shape] if given.shape else ["heavy", "small", "tiny"]:
         model = MoEGPT(bench.shape(shape)).to(bench.device).cast(bench.dtype).eval()
+        promise = {"paper": "0.987, memory 1.008", "aim": "at least 0.99"} if shape == "heavy" else {}
         contexts = (256, 512, 1024, 2048, 4096)[:: 1 if bench.gpu else 2]
         contexts = [n for n in contexts if n <= model.config.block_size]
         for batch_size in [given.batch_size] if given.batch_size else [1, 16]:
             for context in [given.tokens] if given.tokens else contexts:
                 row = {"what": f"{shape}, batch {batch_size}, context {context}"}
-                row |= decode_row(bench, model, batch_size, context)
-                promise = {"paper": "0.987, memory 1.008", "aim": "at least 0.99"} if shape == "heavy" else {}
-                rows.append(row | promise)
+                rows.append(row | decode_row(bench, model, batch_size, context) | promise)
     olmoe = Cache(OLMOE, 1, 4096, "online_seqtopk", "meta", torch.bfloat16)
     sizes = {"KV MB": olmoe.kv_nbytes / 1e6, "expert MB": olmoe.expert_nbytes / 1e6}
     share = {"bytes/KV": olmoe.expert_nbytes / olmoe.kv_nbytes, "aim": "at most 0.01"}
@@ -414,11 +410,11 @@ def cache_rows(bench: Bench, batch_size: int, lengths: list[int], n_expert: int,
     rows = []
     for past in lengths:
         row = {"what": f"batch {batch_size}, {past} past tokens", "us per step": median(times[past]) * 1e6}
-        row[f"time/{base}"] = ratio(times[past], times[base])
-        rows.append(row | {"aim": "at most 1.5" if past == 4096 else None})
-    row = {"what": f"batch {batch_size}, {anew} past tokens, against ranking anew"}
+        aim = "at most 1.5" if past == 4096 else None
+        rows.append(row | {f"time/{base}": ratio(times[past], times[base]), "aim": aim})
+    row = {"what": f"batch {batch_size}, {anew} past tokens, against ranking anew", "aim": "at least 25"}
     row |= {"us per step": median(times["anew"]) * 1e6, "speed/anew": ratio(times["anew"], times[anew])}
-    return [*rows, row | {"aim": "at least 25"}]
+    return [*rows, row]
 
 
 def bench_peers(bench: Bench) -> list[dict]:
@@ -501,14 +497,15 @@ def their_works(bench: Bench, shape: MoEConfig, text: Tensor, experts: str) -> d
 
 def make_olmoe(shape: MoEConfig) -> torch.nn.Module:
     """The model of `shape` by transformers."""
-    transformers = importlib.import_module("transformers")
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     sizes = {"vocab_size": shape.vocab_size, "hidden_size": shape.n_embd, "intermediate_size": shape.n_hidden}
     sizes |= {"num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head}
     sizes |= {"num_experts": shape.n_expert, "num_experts_per_tok": shape.k}
     sizes |= {"max_position_embeddings": shape.block_size}
-    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # none: text never ends early
-    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, **special))
+    sizes |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # none: text never ends early
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes))
 
 
 def peer_rows(what: str, tokens: int, times: dict, goal: float) -> list[dict]:
@@ -532,48 +529,10 @@ PARTS = {
 }
 
 
-# -------------------- showing and keeping -----------------------------------------------------------------
-
-
-def draw(report: dict, path: str) -> None:
-    """The ratios with their quartiles, one line each."""
-    from matplotlib.figure import Figure
-
-    rows = [(part, row) for part, rows in report["parts"].items() for row in rows]
-    keys = [(f"{part}: {row['what']}: {key}", row[key]) for part, row in rows for key in row if is_ratio(key)]
-    marks = [(label, value) for label, value in keys if isinstance(value, list)]
-    figure = Figure(figsize=(11, 1 + 0.2 * len(marks)), layout="constrained")
-    axes = figure.add_subplot(title=f"{report['machine']}, {report['dtype']}", xscale="log")
-    for height, (_, (middle, low, high)) in enumerate(marks):
-        axes.plot([low, high], [-height, -height], color="tab:blue")
-        axes.plot(middle, -height, "o", color="tab:blue", markersize=4)
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_yticks([-height for height in range(len(marks))], [label for label, _ in marks], fontsize=7)
-    figure.savefig(path)
-
-
-def readme_table(folder: Path) -> str:
-    """Markdown: what was aimed at, and what each machine in `folder` gave. Raises ValueError if none did."""
-    table: dict[tuple, dict[str, str]] = {}
-    for path in sorted(folder.glob("*.json")):
-        report = results.read_report(path)
-        machine = f"{path.stem} ({report['machine']}, {report['dtype']})"
-        for part, row in ((part, row) for part, rows in report["parts"].items() for row in rows):
-            key = next(filter(is_ratio, row), None)
-            if key and (row.get("aim") or row.get("paper")):
-                line = (f"`{part}`", row["what"], key, cell(row.get("aim")), cell(row.get("paper")))
-                table.setdefault(line, {})[machine] = cell(row[key])
-    require(bool(table), f"{folder}", "without speeds", f"filled: python bench.py --json={folder}/NAME.json")
-    machines = list(dict.fromkeys(machine for found in table.values() for machine in found))
-    head = ["`python bench.py`", "of what", "ratio", "aim", "paper", *machines]
-    body = [[*line, *(found.get(machine, "-") for machine in machines)] for line, found in table.items()]
-    return results.markdown([head, *body])
-
-
 def main(argv: list[str]) -> None:
     """Do what is asked for. Raises ValueError or OSError for bad input."""
     if argv == ["table"]:
-        return print(readme_table(results.RESULTS))
+        return print(results.readme_table(results.RESULTS))
     texts = {name: inspect.getdoc(part) for name, part in PARTS.items()}
     if "--help" in argv or "-h" in argv:
         print(__doc__, *(f"  {name:10}  {text.splitlines()[0]}" for name, text in texts.items()), sep="\n")
@@ -587,7 +546,7 @@ def main(argv: list[str]) -> None:
         results.check_writable(Path(path))
     report = results.measure(Bench.of(config), {name: (texts[name], PARTS[name]) for name in named or PARTS})
     if config.plot:
-        draw(report, config.plot)
+        results.draw(report, config.plot)
     results.finish(report, config.json)
 
 

@@ -220,3 +220,38 @@ def markdown(lines: list[list[str]]) -> str:
 def require_matplotlib(name: str) -> None:
     if not importlib.util.find_spec("matplotlib"):
         raise ValueError(f"{name} needs matplotlib, which is not installed: pip install matplotlib")
+
+
+def readme_table(folder: Path) -> str:
+    """Markdown: what was aimed at, and what each machine in `folder` gave. Raises ValueError if none did."""
+    table: dict[tuple, dict[str, str]] = {}
+    for path in sorted(folder.glob("*.json")):
+        report = read_report(path)
+        machine = f"{path.stem} ({report['machine']}, {report['dtype']})"
+        for part, row in ((part, row) for part, rows in report["parts"].items() for row in rows):
+            key = next(filter(is_ratio, row), None)
+            if key and (row.get("aim") or row.get("paper")):
+                line = (f"`{part}`", row["what"], key, cell(row.get("aim")), cell(row.get("paper")))
+                table.setdefault(line, {})[machine] = cell(row[key])
+    require(bool(table), f"{folder}", "without speeds", f"filled: python bench.py --json={folder}/NAME.json")
+    machines = list(dict.fromkeys(machine for found in table.values() for machine in found))
+    head = ["`python bench.py`", "of what", "ratio", "aim", "paper", *machines]
+    body = [[*line, *(found.get(machine, "-") for machine in machines)] for line, found in table.items()]
+    return markdown([head, *body])
+
+
+def draw(report: dict, path: str) -> None:
+    """The ratios with their quartiles, one line each."""
+    from matplotlib.figure import Figure
+
+    rows = [(part, row) for part, rows in report["parts"].items() for row in rows]
+    keys = [(f"{part}: {row['what']}: {key}", row[key]) for part, row in rows for key in row if is_ratio(key)]
+    marks = [(label, value) for label, value in keys if isinstance(value, list)]
+    figure = Figure(figsize=(11, 1 + 0.2 * len(marks)), layout="constrained")
+    axes = figure.add_subplot(title=f"{report['machine']}, {report['dtype']}", xscale="log")
+    for height, (_, (middle, low, high)) in enumerate(marks):
+        axes.plot([low, high], [-height, -height], color="tab:blue")
+        axes.plot(middle, -height, "o", color="tab:blue", markersize=4)
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_yticks([-height for height in range(len(marks))], [label for label, _ in marks], fontsize=7)
+    figure.savefig(path)
