@@ -65,7 +65,7 @@ ROUTINGS["unstrict"] = {"router": "online_seqtopk", "strict": False}
 BUDGETED = ("topk", "batchtopk", "seqtopk", "online_seqtopk", "expert_choice")
 UNBUDGETED = {  # how the reference selects from scores of the whole layer
     "top_p": lambda scores, layer: ref_top_p(scores, 2, 0.7),
-    "expert_threshold": lambda scores, layer: ref_expert_threshold(scores - layer.bias, 1 - layer.bias),
+    "expert_threshold": lambda scores, layer: ref_expert_threshold(scores, layer.state.cutoff),
     "remoe": ref_remoe,
     "null_experts": lambda scores, layer: ref_null_experts(scores, 2, 4),
 }
@@ -88,7 +88,7 @@ def make(router: str = "seqtopk", seed: int = 0, **changes) -> MoEGPT:
                 parameter.mul_(30 if "gate" in name else 5)
     if router == "expert_threshold":
         for layer in model.expert_layers():
-            layer.bias.copy_(torch.linspace(0.1, 0.4, 8))
+            layer.state.cutoff.copy_(torch.linspace(0.9, 0.6, 8))
     return model
 
 
@@ -214,11 +214,11 @@ def test_the_layer_equals_its_reference(name, changes, shared_hidden, biased):
     layer = make(name, n_layer=1, shared_hidden=shared_hidden, **changes).blocks[0].mlp
     x, push, row = torch.randn(2, 9, 32) / 4, torch.randn(2, 9, 32), ROUTERS[name]
     layer.bias[8:] += 0.1  # so that some tokens have null experts only
-    if biased and name != "expert_threshold":
+    if biased:
         layer.bias += 0.3 * torch.randn_like(layer.bias)
         layer.bias[5] = 10
     select = UNBUDGETED.get(name, lambda scores, layer: ref_topk(scores, 2))
-    weights = dict(layer.named_parameters()) | {"bias": layer.bias * row.biased}
+    weights = dict(layer.named_parameters()) | {"bias": layer.bias * row.takes_bias}
     parts = [ref_moe(tokens, weights, layer.config, lambda scores: select(scores, layer)) for tokens in x]
     want, scores, mask = (torch.stack(part) for part in zip(*parts))
     got, routing = layer(x, NOWHERE._replace(router=row), None)
@@ -228,7 +228,7 @@ def test_the_layer_equals_its_reference(name, changes, shared_hidden, biased):
     gradients = [torch.autograd.grad((y * push).sum(), leaves) for y in (got, want)]
     assert_near(*gradients, 1e-5)
     counts = mask[..., :8].sum(-1).unique()
-    if biased and row.biased and name != "expert_threshold":
+    if biased and row.takes_bias:
         assert mask[..., 5].all()  # however low its score
     elif name in UNBUDGETED:  # of the other two no token of x has none
         assert len(counts) > 2 and (counts.min() == 0 or name in ("top_p", "remoe"))
@@ -677,6 +677,27 @@ def test_a_checkpoint_brings_everything_back(changes, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
+@pytest.mark.parametrize("name", ["expert_threshold", "remoe"])
+def test_a_checkpoint_from_before_routers_had_a_state(name, tmp_path):
+    """Cutoffs were a bias of 1 - cutoff, and ReMoE's L1 weight one number of the run: the model routes as it
+    did and learns on from there, and under another router no cutoff is left in its bias."""
+    model, idx, path = make(name), tokens(2, 10), tmp_path / "old.pt"
+    save_checkpoint(path, model, step=7, **({"l1_coef": torch.tensor(3e-5)} if name == "remoe" else {}))
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint["model"]
+    for key in [key for key in weights if ".state." in key]:
+        learned = weights.pop(key)
+        if key.endswith("cutoff"):
+            weights[key.replace("state.cutoff", "bias")] = 1 - learned
+    back = MoEGPT.from_checkpoint(checkpoint)
+    assert torch.equal(back(idx)[0], model(idx)[0])
+    for layer in back.expert_layers():
+        state = layer.router_state()
+        assert state["l1_coef"] == torch.tensor(3e-5) if name == "remoe" else state["updates"] == 7
+    topk = MoEGPT.from_checkpoint(checkpoint, router="topk")
+    assert not any(layer.bias.any() or layer.router_state() for layer in topk.expert_layers())
+
+
 @pytest.fixture
 def saved(tmp_path):
     """The path of a tiny model's checkpoint."""
@@ -789,7 +810,7 @@ SETTINGS_REFUSED = [
     ({"n_kv_head": 8}, "n_kv_head is 8, .* divisor of n_head = 4"),
     ({"n_embd": 36, "n_head": 2}, "n_embd is 36, .* multiple of 8"),
     ({"n_hidden": 20}, "n_hidden is 20, .* multiple of 8"),
-    ({"router": "topp"}, f"router is topp, .* {'.*'.join(ROUTERS)}"),
+    ({"router": "topp"}, f"router is topp, .* {', '.join(ROUTERS)}, .* file .* FILE.py"),
     ({"score_fn": "tanh"}, "score_fn is tanh, .* softmax, sigmoid, relu"),
     ({"qk_norm": "yes"}, "qk_norm is yes, .* none, head, full"),
     ({"mass": 0.0}, "mass is 0.0, .* above 0 and at most 1"),
@@ -814,8 +835,11 @@ CALLS_REFUSED = {  # by the message
     "max_tokens is 1, .* at least 2": lambda model: model.new_cache(1, max_tokens=1),
     "prompt is 0, .* at least 1": lambda model: next(model.generate(tokens(1, 0), 1)),
     "vocab_size is 0, .* at least 1": lambda model: MoEGPT(MoEConfig()),
-    "router is expert_threshold, but must be that of the training": (
+    "router is expert_threshold, but must be seqtopk, .* learned": (
         lambda model: make(score_fn="sigmoid").new_cache(1, router="expert_threshold")
+    ),
+    "router is seqtopk_discount, .* file .* experiments/discount.py": (
+        lambda model: MoEGPT.from_checkpoint({"config": {"router": "seqtopk_discount"}, "model": {}})
     ),
     **{
         f"router is {name}, .* topk, online_seqtopk": lambda model, name=name: model.new_cache(1, router=name)
