@@ -8,31 +8,35 @@ Pre-norm RMSNorm, RoPE, SwiGLU experts, untied head. Pretrained OLMoE, Qwen and 
     V  vocabulary                 L  layers that have experts
 
 The path of a token through one layer: gate -> scores -> router (router.py) -> mask -> the pairs sorted by
-expert -> two grouped matrix products, times the scores in between -> back to the tokens. Nothing on it waits
-for the host: a router with a known budget gives every tensor a shape that does not depend on the data.
+expert -> two grouped matrix products, times the scores in between -> back to the tokens. Under a router with
+a known budget no shape depends on the data, so the host never waits for the device; under the others it waits
+once a layer, to count the pairs.
 """
 
-import importlib
-import json
-import math
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from config import require
-from router import ROUTERS, ExpertCache, Router, check_bounds, check_slots, load_balance_loss, z_loss
+from data import hugging_face
+from router import (
+    ROUTERS,
+    ExpertCache,
+    Router,
+    Routing,
+    State,
+    check_bounds,
+    check_slots,
+    load_balance_loss,
+    z_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class MoEConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("vocab_size", "shared_hidden", "n_dense_layer", "n_null"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        choices = {"router": ROUTERS, "score_fn": SCORES, "qk_norm": ("none", "head", "full")}
+        require(self.router in ROUTERS, "router", self.router, known_routers(self.router))
+        choices = {"score_fn": SCORES, "qk_norm": ("none", "head", "full")}
         for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
         for name in ("n_kv_head", "head_width", "dense_hidden"):
@@ -108,31 +113,53 @@ class MoEConfig:
     def has_experts(self, layer: int) -> bool:
         return self.n_expert > 1 and layer >= self.n_dense_layer
 
+    def options_of(self, router: Router) -> dict[str, object]:
+        """What the router takes besides k."""
+        return {name: getattr(self, name) for name in router.options}
+
+
+MOVED = dict.fromkeys(("seqtopk_discount", "online_seqtopk_discount"), "experiments/discount.py")
+
+
+def known_routers(name: str) -> str:
+    """What a message says of the routers that there are, when `name` is none of them."""
+    file = MOVED.get(name, "FILE.py")
+    return f"one of {', '.join(ROUTERS)}, or defined in a file that is named first: python SCRIPT.py {file}"
+
 
 def check_router(config: MoEConfig, name: str) -> None:
     """Raise ValueError, naming the remedy, unless the router of that name can route under these settings."""
-    router = ROUTERS[name]
-    for key, value in router.needs:
+    row = ROUTERS[name]
+    for key, value in (row.needs | ({} if row.takes_bias else {"bias_rate": 0})).items():
         found, remedy = getattr(config, key, value), f"{key}={str(value).lower()}"
         if found != value:
             raise ValueError(f"router {name} needs {remedy}, but {key} is {found}: give --{remedy}")
-    if "n_null" in router.options:
+    if "n_null" in row.options:
         require(config.n_null >= 1, "n_null", config.n_null, f"at least 1 under router {name}")
         check_slots(config.n_expert, config.k, config.n_null)
     else:
         require(config.n_null == 0, "n_null", config.n_null, f"0 under router {name}")
+    check_state(config, name)
+
+
+def check_state(config: MoEConfig, name: str) -> None:
+    """Raise ValueError if the router needs a state that a model of this config has not learned."""
+    learned = ROUTERS[name].state in (None, ROUTERS[config.router].state)
+    require(learned, "router", name, f"{config.router}, the model's own: no other has learned a state here")
+
+
+def initial_state(config: MoEConfig) -> State:
+    row = ROUTERS[config.router]
+    return row.state(config) if row.state else {}
+
+
+def routing_settings() -> set[str]:
+    """What may change whenever weights are used again: the router, and what only routers read."""
+    shapes = {"n_null"}  # which the gate has a row of weights for each of
+    return {"router"}.union(*(row.options for row in ROUTERS.values())) - shapes
 
 
 SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "relu": torch.relu}
-
-
-class Routing(NamedTuple):
-    """What the gate of one layer said of each token, and what the router made of it: (B, T, E) each, or
-    (B, T, E + n_null)."""
-
-    logits: Tensor  # float32
-    scores: Tensor  # float32
-    mask: Tensor  # bool
 
 
 class Stats(NamedTuple):
@@ -178,16 +205,15 @@ class Cache:
         router: str,
         device,
         dtype,
-        priors: list[Tensor | None] | None = None,  # of all layers
     ):
         self.max_tokens, self.router = max_tokens, router
         self.kv = [KVCache(config, batch_size, max_tokens, device, dtype) for _ in range(config.n_layer)]
         row, size = ROUTERS[router], (batch_size, max_tokens, config.k, config.n_expert)
         self.experts: list[ExpertCache | None] = [
-            row.cache(*size, device=device, **routing_options(config, row, prior))
+            row.cache(*size, device=device, **config.options_of(row))
             if row.cache and config.has_experts(layer)
             else None
-            for layer, prior in enumerate(priors or [None] * config.n_layer)
+            for layer in range(config.n_layer)
         ]
         self.active = torch.zeros(batch_size, max_tokens, dtype=torch.bool, device=device)  # is a token real?
         self.reset()
@@ -227,11 +253,6 @@ class Cache:
     @property
     def expert_nbytes(self) -> int:
         return sum(experts.nbytes for experts in filter(None, self.experts))
-
-
-def routing_options(config: MoEConfig, router: Router, prior: Tensor | None) -> dict:
-    """What this router takes besides k: settings of `config`, and its layer's prior."""
-    return {name: prior if name == "prior" else getattr(config, name) for name in router.options}
 
 
 # -------------------- layers ------------------------------------------------------------------------------
@@ -317,31 +338,31 @@ class MLP(nn.Module):
         return self.w_out(swiglu(self.w_in(x)))
 
 
-def sort_pairs(mask: Tensor, size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def sort_pairs(mask: Tensor, max_pairs: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """The pairs of mask (S, E), sorted by expert.
 
-    `size`: a number N that the pairs cannot exceed, or None to count them, which waits for the device.
+    max_pairs: a number N that the pairs cannot exceed, or None to count them, which waits for the device.
     -> flat index e*S + s of each pair (N,), its token s (N,), where each expert ends (E,) int32.
     Spare pairs come last and have the flat index -1 and some valid token; if they are counted, there is one,
-    as grouped_mm has no gradient for no pairs at all.
+    because grouped_mm has no gradient for no pairs at all.
     """
     flat = mask.T.reshape(-1)  # (E*S,)
-    if size is None:
+    if max_pairs is None:
         pair = F.pad(flat.nonzero().squeeze(1), (0, 1), value=-1)  # (N,)
     else:
-        pair = torch.nonzero_static(flat, size=size, fill_value=-1).squeeze(1)  # (N,)
+        pair = torch.nonzero_static(flat, size=max_pairs, fill_value=-1).squeeze(1)  # (N,)
     return pair, pair % mask.shape[0], mask.sum(0).cumsum(0).int()
 
 
 def run_experts(
-    x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, size: int | None
+    x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, max_pairs: int | None
 ) -> Tensor:
     """y[s] = sum over the experts e of mask[s] of weight[s, e] * expert_e(x[s]).
 
-    x (S, C); mask, weight (S, E), weight float32; w_in (E, C, 2H), w_out (E, H, C) in x's dtype; `size` as in
-    sort_pairs -> (S, C) float32. An expert without tokens costs nothing and gets a zero gradient.
+    x (S, C); mask, weight (S, E), weight float32; w_in (E, C, 2H), w_out (E, H, C) in x's dtype; max_pairs as
+    in sort_pairs -> (S, C) float32. An expert without tokens costs nothing and gets a zero gradient.
     """
-    pair, token, ends = sort_pairs(mask, size)
+    pair, token, ends = sort_pairs(mask, max_pairs)
     spare = pair < 0
     if torch.is_grad_enabled():  # grouped_mm leaves rows behind the last end, and their gradients, undefined:
         ends = torch.where(ends == ends[-1], len(pair), ends).int()  # the last expert in use has them, too
@@ -355,16 +376,19 @@ def run_experts(
 
 
 def run_few_pairs(
-    x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, size: int | None
+    x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, max_pairs: int | None
 ) -> Tensor:
-    """`run_experts` for so few pairs on a CPU that reading weights is all the work: a step of decoding.
+    """`run_experts` for so few pairs on a CPU that reading the weights is all the work: a step of decoding.
 
-    One row times a matrix is a weighted sum of the matrix's rows, and embedding_bag adds up rows where they
-    lie. A pair is P bags, which hold a P-th of the rows each. Where the pairs are fewer than N, empty
-    bags lie among the full ones, since threads get equal numbers of bags, whatever is in them.
+    One row times a matrix is the sum of the matrix's rows, each times one element of the row. embedding_bag
+    adds up rows where they lie, at the speed of memory: its table holds the rows of all experts' matrices,
+    and a *bag* names the rows of one sum. It gives each thread equally many bags, whatever is in them, so
+
+    - a pair is cut into P bags of a P-th of its rows each, so that all threads have work;
+    - where the pairs are fewer than N, the empty bags are spread evenly among the full ones.
     """
     (S, E), P = mask.shape, 4
-    pair = mask.nonzero() if size is None else torch.nonzero_static(mask, size=size, fill_value=E)
+    pair = mask.nonzero() if max_pairs is None else torch.nonzero_static(mask, size=max_pairs, fill_value=E)
     token, expert = pair[:, 0].clamp(max=S - 1), pair[:, 1].clamp(max=E - 1)  # (N,), spare ones at the end
     N, n_pairs = len(pair), mask.sum()
     count = torch.arange(N * P + 1, device=x.device)
@@ -401,58 +425,81 @@ class MoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(config.n_expert, config.n_hidden, config.n_embd))
         self.shared = MLP(config.n_embd, config.shared_hidden) if config.shared_hidden else None
         self.shared_gate = nn.Linear(config.n_embd, 1, bias=False) if config.shared_gate else None
-        self.prior: Tensor | None = None  # for online_seqtopk: router.pseudo_candidates
-        # for selection: router.loss_free_update, cutoff_update
-        self.register_buffer("bias", torch.zeros(config.n_expert + config.n_null))
+        self.register_buffer("bias", torch.zeros(config.n_expert + config.n_null))  # router.loss_free_update
+        self.state = nn.Module()  # buffers: what the router learns or adapts
+        for name, tensor in initial_state(config).items():
+            self.state.register_buffer(name, tensor)
 
     def forward(self, x: Tensor, context: Context, cache: ExpertCache | None) -> tuple[Tensor, Routing]:
         """x (B, T, C) -> the same shape, and how it was routed."""
-        B, T, C = x.shape
-        with torch.autocast(x.device.type, enabled=False):  # routing is float32 throughout
-            logits = F.linear(x.float(), self.gate.weight.float())  # (B, T, E)
-            scores = SCORES[self.config.score_fn](logits)
-        bias = self.bias if context.router.biased else 0  # a run under another router may have left one
-        mask = self.select(scores.detach() + bias, context, cache)  # (B, T, E)
-        routing = Routing(logits, scores, mask)
-        mask, weight = mask[..., : self.config.n_expert], scores[..., : self.config.n_expert]  # real experts
-        if self.config.norm_topk:  # without the bias: that one selects, and never weighs
-            weight = weight / (weight * mask).sum(-1, keepdim=True).clamp(min=1e-9)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)  # grouped_mm knows nothing of autocast
-        size = self.max_pairs(B * T, context)
-        tokens, mask_s, weight_s = x.reshape(-1, C).to(dtype), mask.flatten(0, 1), weight.flatten(0, 1)
-        # at most as many pairs as experts: hardly any weight is read twice
-        few = x.is_cpu and not torch.is_grad_enabled() and B * T * self.config.k <= self.config.n_expert
-        run = run_few_pairs if few else run_experts
-        y = run(tokens, mask_s, weight_s, w_in, w_out, size).to(x.dtype).view(B, T, C)
+        logits, scores = self.score(x)  # (B, T, E) each
+        mask = self.select(scores.detach(), context, cache)  # (B, T, E)
+        weight = self.weigh(scores, mask)  # (B, T, E)
+        y = self.dispatch(x, mask, weight, context)  # (B, T, C)
         if self.shared is not None:
-            shared = self.shared(x)
-            if self.shared_gate is not None:
-                shared = shared * self.shared_gate(x).sigmoid()
-            y = y + shared
-        return y, routing
+            y = y + self.share(x)
+        return y, Routing(logits, scores, mask)
+
+    def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and scores, float32 whatever x is, because close bfloat16 scores would tie."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.gate.weight.float())
+            return logits, SCORES[self.config.score_fn](logits)
 
     @torch.no_grad()
     def select(self, scores: Tensor, context: Context, cache: ExpertCache | None) -> Tensor:
+        router = context.router
+        if router.takes_bias:
+            scores = scores + self.bias
         if cache is not None:
             return cache.select(scores, context.active)
-        options = routing_options(self.config, context.router, self.prior)
-        mask = context.router.select(scores, self.config.k, **options)
+        options = self.config.options_of(router) | ({"state": self.router_state()} if router.state else {})
+        mask = router.select(scores, self.config.k, **options)
         return mask if context.active is None else mask & context.active.unsqueeze(-1)
 
-    def max_pairs(self, tokens: int, context: Context) -> int | None:
-        """A number of pairs that `tokens` tokens cannot exceed, or None if there is none worth padding to.
+    def weigh(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """What multiplies each expert's output: the score, without the bias, which selects and never weighs.
+        Null experts are left out from here on."""
+        weight = scores[..., : self.config.n_expert]
+        if not self.config.norm_topk:
+            return weight
+        chosen = weight * mask[..., : self.config.n_expert]
+        return weight / chosen.sum(-1, keepdim=True).clamp(min=1e-9)
 
-        A strict budget binds sequences from their start; later on, a token may spend what earlier ones have
-        saved.
-        """
-        router, config, fresh = context.router, self.config, context.pos == 0
-        if router.exact or (fresh and "strict" in router.options and config.strict):
+    def dispatch(self, x: Tensor, mask: Tensor, weight: Tensor, context: Context) -> Tensor:
+        """Each token's experts, times their weights, added up: (B, T, C)."""
+        B, T, C = x.shape
+        autocast = torch.is_autocast_enabled(x.device.type)  # of which grouped_mm knows nothing
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        mask = mask[..., : self.config.n_expert].flatten(0, 1)
+        # with at most as many pairs as experts, hardly any weight is read twice
+        few = x.is_cpu and not torch.is_grad_enabled() and B * T * self.config.k <= self.config.n_expert
+        run = run_few_pairs if few else run_experts
+        weights = weight.flatten(0, 1), self.w_in.to(dtype), self.w_out.to(dtype)
+        y = run(x.reshape(-1, C).to(dtype), mask, *weights, self.max_pairs(B * T, context))
+        return y.to(x.dtype).view(B, T, C)
+
+    def share(self, x: Tensor) -> Tensor:
+        """The shared expert's output."""
+        shared = self.shared(x)
+        return shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid()
+
+    def max_pairs(self, tokens: int, context: Context) -> int | None:
+        """A number of pairs that `tokens` tokens cannot exceed, or None if there is none worth padding to."""
+        router, config = context.router, self.config
+        if router.exact:
             return tokens * config.k
-        if fresh or "max_experts" not in router.options:
-            return None
-        return tokens * check_bounds(config.n_expert, config.k, config.min_experts, config.max_experts)
+        return router.max_pairs(config, tokens, context.pos == 0) if router.max_pairs else None
+
+    def router_state(self) -> State:
+        return dict(self.state.named_buffers())
+
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        """Forget what steers the routing beside the weights."""
+        self.bias.zero_()
+        for name, tensor in initial_state(self.config).items():
+            self.state.get_buffer(name).copy_(tensor)
 
 
 class Block(nn.Module):
@@ -576,8 +623,9 @@ class MoEGPT(nn.Module):
             visible = cache.visible(T)
         elif active is not None:
             raise ValueError("active needs a cache: without one, padding would compete for experts")
-        angles = rope_angles(position, self.config)
-        return Context(ROUTERS[router or self.config.router], angles, visible, active, pos)
+        router = router or self.config.router
+        check_state(self.config, router)
+        return Context(ROUTERS[router], rope_angles(position, self.config), visible, active, pos)
 
     def _collect(self, routings: list[Routing], idx: Tensor) -> Stats:
         """Put the layers' statistics together."""
@@ -593,20 +641,17 @@ class MoEGPT(nn.Module):
     def new_cache(self, batch_size: int, max_tokens: int | None = None, router: str | None = None) -> Cache:
         """An empty cache for batch_size sequences of up to max_tokens (None: block_size) tokens.
 
-        router: a causal one (None: the `decode` stand-in of the config's), expert_threshold only if it is the
-        config's. Raises ValueError for any other.
+        router: a causal one (None: the `decode` stand-in of the config's); one with a state only if the model
+        was trained under it. Raises ValueError for any other.
         """
         router = router or ROUTERS[self.config.router].decode
         causal = [name for name, row in ROUTERS.items() if row.causal]
         require(router in causal, "router", router, f"causal to decode: {', '.join(causal)}")
         check_router(self.config, router)
-        own = not ROUTERS[router].cutoffs or ROUTERS[self.config.router].cutoffs
-        require(own, "router", router, "that of the training, for only that has found its cutoffs")
         weight = self.head.weight
         max_tokens = self.config.block_size if max_tokens is None else max_tokens
         require(max_tokens >= 2, "max_tokens", max_tokens, "at least 2")
-        priors = [getattr(block.mlp, "prior", None) for block in self.blocks]
-        return Cache(self.config, batch_size, max_tokens, router, weight.device, weight.dtype, priors)
+        return Cache(self.config, batch_size, max_tokens, router, weight.device, weight.dtype)
 
     @torch.no_grad()
     def generate(
@@ -723,8 +768,9 @@ class MoEGPT(nn.Module):
         require(
             tied == old.tie_embeddings, "tie_embeddings", tied, f"{old.tie_embeddings} as in the checkpoint"
         )
-        check_shapes(model.state_dict(), checkpoint["model"], "the checkpoint")
-        model.load_state_dict(checkpoint["model"])
+        weights = fit_state(checkpoint, model.state_dict())
+        check_shapes(model.state_dict(), weights, "the checkpoint")
+        model.load_state_dict(weights)
         return model
 
     @classmethod
@@ -737,17 +783,18 @@ class MoEGPT(nn.Module):
         them, little memory is used. Raises ValueError for an architecture that model.py does not have, and
         for files that are missing, damaged or do not fit.
         """
-        config, family = read_config(hf_folder(name_or_path, "config.json"))
+        settings, kind = hugging_face.read_settings(name_or_path)
         with torch.device("meta"):
-            model = cls(replace(config, **changes))
-        folder = hf_folder(name_or_path, "model*.safetensors*")  # gigabytes: only of what can be opened
-        paths, outlines = file_tensors(folder)
-        check_shapes(file_views(model, family), outlines, folder)
-        model.cast(outlines[family.names["embedding.weight"]].dtype).to_empty(device=device)
+            model = cls(replace(MoEConfig(**settings), **changes))
+        # gigabytes: only of what can be opened
+        folder = hugging_face.hf_folder(name_or_path, "model*.safetensors*")
+        paths, outlines = hugging_face.file_tensors(folder)
+        check_shapes(hugging_face.file_views(dict(model.named_parameters()), kind), outlines, folder)
+        model.cast(outlines[hugging_face.NAMES["embedding.weight"]].dtype).to_empty(device=device)
         model._tie()
         for layer in model.expert_layers():
-            layer.bias.zero_()
-        copy_tensors(paths, file_views(model, family))
+            layer.reset_state()
+        hugging_face.copy_tensors(paths, hugging_face.file_views(dict(model.named_parameters()), kind))
         return model
 
     def save_pretrained(
@@ -756,23 +803,19 @@ class MoEGPT(nn.Module):
         """Write a new folder that transformers opens, whole or not at all; its logits are those under topk.
 
         tokenizer: its meta, for eos_token_id and, if it came from such a folder, tokenizer.json. Raises
-        ValueError if the folder exists, and for an architecture that none of FAMILIES has.
+        ValueError if the folder exists, and for an architecture that none of hugging_face.FAMILIES has.
         """
-        path, tokenizer = Path(path), tokenizer or {}
-        temporary, kind = path.with_name(path.name + ".tmp"), family_of(self.config)
-        require(not path.exists(), "path", path, "the name of a new folder")
+        config, weights = self.config, dict(self.named_parameters())
+        kind = hugging_face.family_of(asdict(config), asdict(MoEConfig()), routing_settings())
         biased = any(layer.bias.any() for layer in self.expert_layers())
         require(not biased, "the bias for selection (bias_rate)", "in use", "0 to be saved for transformers")
-        said = config_json(self.config, kind, self.head.weight.dtype, tokenizer.get("eot"))
-        temporary.mkdir(parents=True)
-        try:
-            (temporary / "config.json").write_text(json.dumps(said, indent=2))
-            if tokenizer.get("kind") == "hf":
-                (temporary / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
-            write_tensors(temporary, file_views(self, FAMILIES[kind]), shard_bytes)
-            os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        widths = {
+            "head_width": config.head_dim,
+            "dense_hidden": config.dense_width,
+            "n_kv_head": config.kv_heads,
+        }
+        settings = asdict(config) | widths
+        hugging_face.write_checkpoint(Path(path), kind, settings, weights, tokenizer or {}, shard_bytes)
 
 
 def sample_token(
@@ -805,51 +848,6 @@ def sample_token(
     return (logits.softmax(-1) / clocks).argmax(-1, keepdim=True)
 
 
-# -------------------- evaluation --------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate_text(
-    model: MoEGPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray, router: str
-) -> dict:
-    """Loss and routing on batches of inputs and targets, (B, T) each, under one router.
-
-    token_bytes: the length of each token of the vocabulary. Targets of -1 are not learned, and do not count.
-    loss: mean cross-entropy in nats per token. bpb: the same in bits per byte of the text. experts: mean, min
-    and max experts per token. Of the share of the pairs that each expert gets, means over layers: entropy, 1
-    when uniform, and variance of share * E, 0 when uniform. dead: experts that got no token, of all layers.
-    A dense model has the first two only.
-    """
-    device, n_bytes = model.head.weight.device, torch.from_numpy(token_bytes)
-    nats = tokens = text_bytes = load = 0
-    experts = []
-    for x, y in batches:
-        _, loss, stats = model(x.to(device), y.to(device), router=router)
-        learned = y[y >= 0]
-        nats, tokens = nats + loss.double() * learned.numel(), tokens + learned.numel()
-        text_bytes += n_bytes[learned].sum().item()
-        load = load + stats.load
-        experts.append(stats.experts.flatten())
-    result = {"loss": (nats / tokens).item(), "bpb": (nats / text_bytes / math.log(2)).item()}
-    return result | routing_summary(load, torch.cat(experts))
-
-
-def routing_summary(load: Tensor, experts: Tensor) -> dict:
-    """load (L, E) pairs per expert, experts (n,) experts per token -> the routing part of evaluate_text, {}
-    if L is 0."""
-    if not len(load):
-        return {}
-    share = load / load.sum(-1, keepdim=True).clamp(min=1)
-    entropy = torch.special.entr(share).sum(-1).mean() / math.log(load.shape[-1])
-    mean, low, high = experts.float().mean(), experts.min(), experts.max()
-    return {
-        "experts": [mean.item(), low.item(), high.item()],
-        "entropy": entropy.item(),
-        "variance": (share * load.shape[-1]).var(-1, correction=0).mean().item(),
-        "dead": (load == 0).sum().item(),
-    }
-
-
 # -------------------- checkpoints -------------------------------------------------------------------------
 
 
@@ -859,6 +857,25 @@ def check_shapes(here: dict[str, Tensor], there: dict[str, Tensor], where: str |
         asked = tuple(here[name].shape) if name in here else "absent"
         found = tuple(there[name].shape) if name in there else "missing"
         require(asked == found, f"{name} in {where}", found, f"{asked} in this architecture")
+
+
+def fit_state(checkpoint: dict, here: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's weights, with the router state that a model has `here`: theirs, or else the initial one.
+
+    Older checkpoints kept Expert Threshold's cutoffs as a bias of 1 - cutoff, and ReMoE's L1 weight once for
+    all layers.
+    """
+    weights, router = dict(checkpoint["model"]), checkpoint["config"]["router"]
+    if router == "expert_threshold" and not any(".state." in name for name in weights):
+        for name in [name for name in weights if name.endswith(".mlp.bias")]:
+            layer, bias = name.removesuffix("bias"), weights[name]
+            weights |= {f"{layer}state.cutoff": 1 - bias, name: torch.zeros_like(bias)}
+            weights[f"{layer}state.updates"] = torch.tensor(checkpoint.get("step", 0))
+    state = {name: tensor for name, tensor in here.items() if ".state." in name}
+    if "l1_coef" in checkpoint:
+        state |= {name: checkpoint["l1_coef"] for name in state if name.endswith(".l1_coef")}
+    learned = {name: tensor for name, tensor in weights.items() if ".state." not in name or name in state}
+    return state | learned
 
 
 FORMAT = "seqtopk checkpoint 1"
@@ -903,268 +920,6 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return checkpoint
 
 
-# -------------------- Hugging Face checkpoints ------------------------------------------------------------
-
-# Keys of config.json and the fields of MoEConfig that they set, as far as families agree.
-KEYS = {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "block_size",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_kv_head",
-    "hidden_size": "n_embd",
-    "num_experts_per_tok": "k",
-    "tie_word_embeddings": "tie_embeddings",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "norm_eps",
-}
-MOE_KEYS = KEYS | {"num_experts": "n_expert", "norm_topk_prob": "norm_topk"}
-QWEN_KEYS = MOE_KEYS | {
-    "moe_intermediate_size": "n_hidden",
-    "intermediate_size": "dense_hidden",
-    "n_dense_layer": "n_dense_layer",
-}
-IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False}
-# What a config.json must say, unless it says nothing, of what MoEConfig has no field for.
-USUAL = {
-    "hidden_act": "silu",
-    "rope_type": "default",
-    "attention_bias": False,
-    "clip_qkv": None,
-    "sliding_window": None,
-    "decoder_sparse_step": 1,
-    "quant_method": None,
-}
-# Parameters here, and the tensors of a file that lie in them, one below the other.
-NAMES = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.qkv.weight": "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
-    "attention.qkv.bias": "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias",
-    "attention.q_norm.weight": "self_attn.q_norm.weight",
-    "attention.k_norm.weight": "self_attn.k_norm.weight",
-    "attention.out.weight": "self_attn.o_proj.weight",
-    "mlp_norm.weight": "post_attention_layernorm.weight",
-    "mlp.gate.weight": "mlp.gate.weight",
-    "mlp.w_in": "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
-    "mlp.w_out": "mlp.experts.{}.down_proj.weight",
-    "mlp.shared.w_in.weight": "mlp.shared_expert.gate_proj.weight mlp.shared_expert.up_proj.weight",
-    "mlp.shared.w_out.weight": "mlp.shared_expert.down_proj.weight",
-    "mlp.shared_gate.weight": "mlp.shared_expert_gate.weight",
-    "mlp.w_in.weight": "mlp.gate_proj.weight mlp.up_proj.weight",
-    "mlp.w_out.weight": "mlp.down_proj.weight",
-}
-MIXTRAL_NAMES = NAMES | {
-    "mlp.gate.weight": "block_sparse_moe.gate.weight",
-    "mlp.w_in": "block_sparse_moe.experts.{}.w1.weight block_sparse_moe.experts.{}.w3.weight",
-    "mlp.w_out": "block_sparse_moe.experts.{}.w2.weight",
-}
-
-
-class Family(NamedTuple):
-    """How one architecture of transformers says what MoEConfig and MoEGPT say."""
-
-    keys: dict[str, str]
-    implied: dict[str, object]  # fields that config.json may leave out or has no key for
-    names: dict[str, str] = NAMES
-
-
-FAMILIES = {
-    "olmoe": Family(
-        MOE_KEYS | {"intermediate_size": "n_hidden"}, IMPLIED | {"qk_norm": "full", "norm_eps": 1e-5}
-    ),
-    "qwen2_moe": Family(
-        QWEN_KEYS | {"shared_expert_intermediate_size": "shared_hidden", "qkv_bias": "qkv_bias"},
-        IMPLIED | {"shared_gate": True, "qkv_bias": True, "norm_eps": 1e-6},
-    ),
-    "qwen3_moe": Family(
-        QWEN_KEYS | {"head_dim": "head_width"},
-        IMPLIED | {"qk_norm": "head", "head_width": None, "norm_eps": 1e-6},
-    ),
-    "mixtral": Family(
-        KEYS | {"num_local_experts": "n_expert", "intermediate_size": "n_hidden", "head_dim": "head_width"},
-        IMPLIED | {"norm_topk": True, "head_width": None, "rope_theta": 1e6, "norm_eps": 1e-5},
-        MIXTRAL_NAMES,
-    ),
-}
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a file may have
-ROUTING = ("router", "min_experts", "max_experts", "strict", "mass")  # chosen anew whenever weights are used
-
-
 def pretrained_config(name_or_path: str | Path) -> MoEConfig:
     """The architecture of a Hugging Face checkpoint, under topk. Errors as in MoEGPT.from_pretrained."""
-    return read_config(hf_folder(name_or_path, "config.json"))[0]
-
-
-def optional(package: str) -> ModuleType:
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        remedy = "pip install -r requirements-hf.txt"
-        raise ValueError(f"a Hugging Face checkpoint needs {package}: {remedy}") from None
-
-
-def hf_folder(name_or_path: str | Path, files: str) -> Path:
-    """The folder of that name, or else one with these files of the model of that name on the Hub."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    hub = optional("huggingface_hub")
-    try:
-        return Path(hub.snapshot_download(str(name_or_path), allow_patterns=files))
-    except Exception as error:  # the library's errors are many, and long
-        raise ValueError(
-            f"{name_or_path} is no folder here, and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}): check the name and the network, or give the folder of a copy"
-        ) from error
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: this is not a Hugging Face checkpoint") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
-
-
-def read_config(folder: Path) -> tuple[MoEConfig, Family]:
-    """What the config.json of a folder says. Raises ValueError for what model.py cannot express."""
-    said, where = plain_config(read_json(folder / "config.json")), "in config.json"
-    kind = said.get("model_type")
-    require(kind in FAMILIES, f"model_type {where}", kind, "one of " + ", ".join(FAMILIES))
-    for key, usual in USUAL.items():
-        require(said.get(key, usual) == usual, f"{key} {where}", said.get(key), f"{usual}")
-    family = FAMILIES[kind]
-    values = family.implied | {field: said[key] for key, field in family.keys.items() if key in said}
-    for key, field in family.keys.items():
-        require(field in values, f"{key} {where}", "missing", "given")
-    require(values["n_expert"] >= 2, f"num_experts {where}", values["n_expert"], "at least 2")
-    return MoEConfig(router="topk", **values), family
-
-
-def plain_config(said: dict) -> dict:
-    """A config.json, without its nulls, in the words of KEYS and USUAL, whichever release wrote it."""
-    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
-    dense = said.get("mlp_only_layers") or []
-    first = sorted(dense) == list(range(len(dense)))
-    require(first, "mlp_only_layers in config.json", dense, "the first layers")
-    plain = said | (said.get("quantization_config") or {}) | rope
-    plain["rope_type"] = rope.get("rope_type", rope.get("type"))
-    plain["num_experts"] = plain["num_local_experts"] = said.get("num_experts", said.get("num_local_experts"))
-    plain["n_dense_layer"] = len(dense)
-    if not said.get("use_sliding_window", True):
-        plain["sliding_window"] = None
-    return {key: value for key, value in plain.items() if value is not None}
-
-
-def file_views(model: MoEGPT, family: Family) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint's files: its name there, and the view of the weights here that it is."""
-    views = {}
-    for name, parameter in model.named_parameters():
-        block = re.match(r"blocks\.(\d+)\.", name)
-        prefix = f"model.layers.{block[1]}." if block else ""
-        theirs = family.names[name.removeprefix(block[0]) if block else name].split()
-        weight = parameter.detach()
-        for expert, matrix in enumerate(weight.mT if weight.dim() == 3 else [weight]):
-            heights = model.blocks[0].attention.widths if len(theirs) == 3 else len(matrix) // len(theirs)
-            for their, rows in zip(theirs, matrix.split(heights), strict=True):
-                views[prefix + their.format(expert)] = rows
-    return views
-
-
-def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
-    """Every tensor of a checkpoint that has elements: the file that it is in, and itself on the meta device.
-
-    Raises ValueError for a file that is missing or damaged, and for a dtype that is not one of DTYPES.
-    """
-    safetensors, paths, outlines = optional("safetensors"), {}, {}
-    index = folder / "model.safetensors.index.json"
-    shards = read_json(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
-    for path in sorted({folder / shard for shard in shards}):
-        if not path.is_file():
-            remedy = "fetch it, or, if the folder has .bin files, save it anew with transformers"
-            raise ValueError(f"{path.name} is missing in {folder}: {remedy}")
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                found = {name: outline(file, name) for name in file.offset_keys()}
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
-        found = {name: tensor for name, tensor in found.items() if tensor.numel()}
-        outlines, paths = outlines | found, paths | dict.fromkeys(found, path)
-    return paths, outlines
-
-
-def outline(file, name: str) -> Tensor:
-    """A tensor of an open safetensors file on the meta device."""
-    stored = file.get_slice(name)
-    dtype = stored.get_dtype()
-    require(dtype in DTYPES, f"the dtype of {name}", dtype, "one of " + ", ".join(DTYPES))
-    return torch.empty(stored.get_shape(), dtype=DTYPES[dtype], device="meta")
-
-
-def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
-    """Read the tensors of file_tensors into the views of file_views.
-
-    A file stays open for 16 tensors: until it is closed, the pages that were read count as memory.
-    """
-    opened = None
-    bar = tqdm(paths.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
-    for number, (name, path) in enumerate(bar):
-        if number % 16 == 0 or path != opened:
-            file, opened = optional("safetensors").safe_open(path, "pt"), path
-        views[name].copy_(file.get_tensor(name))
-
-
-def family_of(config: MoEConfig) -> str:
-    """The first of FAMILIES that can express a config. Raises ValueError naming a field that none can."""
-    require(config.n_expert >= 2, "n_expert", config.n_expert, "at least 2 to be saved for transformers")
-    unlike = {name: unlike_fields(config, family) for name, family in FAMILIES.items()}
-    name = min(unlike, key=lambda name: len(unlike[name]))
-    for field, value in unlike[name].items():
-        here = getattr(config, field)
-        require(here == value, field, here, f"{value} to be saved as {name}, the nearest family")
-    return name
-
-
-def unlike_fields(config: MoEConfig, family: Family) -> dict[str, object]:
-    """The fields whose value a family has no key for, each with the value that it always has there."""
-    said = {*family.keys.values(), *ROUTING}
-    always = {field: v for field, v in (asdict(MoEConfig()) | family.implied).items() if field not in said}
-    return {field: value for field, value in always.items() if getattr(config, field) != value}
-
-
-def config_json(config: MoEConfig, kind: str, dtype: torch.dtype, eot: int | None) -> dict:
-    """What config.json says of a config, in words that old and new releases of transformers read."""
-    widths = {"head_width": config.head_dim, "dense_hidden": config.dense_width}
-    values = asdict(config) | widths | {"n_kv_head": config.kv_heads}
-    said = {key: values[field] for key, field in FAMILIES[kind].keys.items()}
-    return said | {
-        "model_type": kind,
-        "architectures": ["".join(word.capitalize() for word in kind.split("_")) + "ForCausalLM"],
-        "mlp_only_layers": list(range(said.pop("n_dense_layer", 0))),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": None,
-        "eos_token_id": eot,
-        "pad_token_id": None,
-    }
-
-
-def write_tensors(folder: Path, views: dict[str, Tensor], shard_bytes: int) -> None:
-    """Write tensors into files of about shard_bytes each, and an index if they are several."""
-    save_file, contiguous = optional("safetensors.torch").save_file, torch.contiguous_format
-    shards, total = {}, 0
-    for name, tensor in views.items():
-        shards.setdefault(total // shard_bytes, []).append(name)
-        total += tensor.nbytes
-    places = {}
-    for number, names in enumerate(shards.values(), start=1):
-        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        file = f"model{part}.safetensors"
-        copies = (views[name].cpu().clone(memory_format=contiguous) for name in names)
-        save_file(dict(zip(names, copies, strict=True)), folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return MoEConfig(**hugging_face.read_settings(name_or_path)[0])

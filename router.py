@@ -1,8 +1,8 @@
 """Routers: which experts process which tokens.
 
 A router is a pure function `select(scores, k, ...) -> mask`: from the scores of a batch to the (token,
-expert) pairs that will be computed. It has no parameters and no state. Decoding one token at a time needs the
-scores of the past as well: `ExpertCache` keeps them.
+expert) pairs that will be computed. It has no parameters. Decoding one token at a time also needs the scores
+of the past: `ExpertCache` keeps them. The few routers that learn or adapt say so in their row of ROUTERS.
 
     B  sequences in the batch         k   experts per token on average: the budget (K in the paper)
     T  tokens in a sequence           m0  min_experts: every token gets its m0 best experts
@@ -10,10 +10,8 @@ scores of the past as well: `ExpertCache` keeps them.
 
     scores (B, T, E) float32          mask (B, T, E) bool
 
-Some routers spend k on average only if training steers them: by the bias that the model adds to the scores
-(expert_threshold) or by a loss (remoe, null_experts).
-
-The experts of rank m0+1 .. u of a token are its c = u - m0 *candidates*, best first.
+The experts of rank m0+1 .. u of a token are its c = u - m0 *candidates*, best first. They compete for the
+*extra budget*: T*(k - m0) pairs in a sequence of T tokens.
 
 One total order breaks all ties, so that a mask never depends on how a kernel sorts: within a token the lower
 expert index comes first; among the candidates of a sequence the earlier token comes first.
@@ -29,36 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+State = dict[str, Tensor]  # what a router has learned in one layer, by name
 
-def check_bounds(n_expert: int, k: int, min_experts: int = 0, max_experts: int | None = None) -> int:
-    """Return max_experts, its default filled in.
 
-    Raises ValueError unless 1 <= k <= n_expert and 0 <= min_experts <= k <= max_experts <= n_expert.
+class Routing(NamedTuple):
+    """What the gate of one layer said of each token, and what the router made of it.
+
+    (B, T, E) each, or (B, T, E + n_null).
     """
-    if not 1 <= k <= n_expert:
-        raise ValueError(f"k is {k}, but must be from 1 to n_expert = {n_expert}")
-    if not 0 <= min_experts <= k:
-        raise ValueError(f"min_experts is {min_experts}, but must be from 0 to k = {k}")
-    if max_experts is None:
-        return min(k + 2, n_expert)
-    if not k <= max_experts <= n_expert:
-        allowed = f"from k = {k} to n_expert = {n_expert}, or None"
-        raise ValueError(f"max_experts is {max_experts}, but must be {allowed}")
-    return max_experts
+
+    logits: Tensor  # float32
+    scores: Tensor  # float32
+    mask: Tensor  # bool
 
 
-def _rank_experts(scores: Tensor, u: int) -> tuple[Tensor, Tensor]:
-    """The u best experts of each token, best first: their scores and their indices, (B, T, u) each."""
-    ranked = scores.sort(dim=-1, descending=True, stable=True)
-    return ranked.values[..., :u], ranked.indices[..., :u]
-
-
-def _take_best(scores: Tensor, experts: Tensor, count: int | Tensor) -> Tensor:
-    """Mask (B, T, E): each token takes the first `count`, an int or (B, T), of its ranked experts."""
-    if isinstance(count, Tensor):
-        count = count.unsqueeze(-1)
-    taken = (torch.arange(experts.shape[-1], device=scores.device) < count).expand_as(experts)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, experts, taken)
+# -------------------- the idea: from TopK to online SeqTopK -----------------------------------------------
 
 
 def topk(scores: Tensor, k: int) -> Tensor:
@@ -67,241 +50,157 @@ def topk(scores: Tensor, k: int) -> Tensor:
     scores (B, T, E) -> mask (B, T, E). Raises ValueError unless 1 <= k <= E.
     """
     check_bounds(scores.shape[-1], k)
-    _, experts = _rank_experts(scores, k)
-    return _take_best(scores, experts, k)
+    _, expert_ids = rank_experts(scores, k)
+    return take_best(scores, expert_ids, k)
 
 
 def seqtopk(scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None) -> Tensor:
     """Every sequence spends exactly T*k pairs where its scores are highest (SeqTopK).
 
-    Each token takes its min_experts best experts; the rest of the budget, T * (k - min_experts), goes to the
-    highest of all candidates of the sequence. Sees the future.
+    Each token takes its min_experts best experts; the extra budget goes to the highest of all candidates of
+    the sequence. Sees tokens that come later.
 
     scores (B, T, E) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
     """
     B, T, E = scores.shape
     u = check_bounds(E, k, min_experts, max_experts)
-    values, experts = _rank_experts(scores, u)
+    values, expert_ids = rank_experts(scores, u)
     candidates = values[..., min_experts:].reshape(B, -1)  # (B, T*c)
     best = candidates.argsort(dim=-1, descending=True, stable=True)[:, : T * (k - min_experts)]
     taken = torch.zeros_like(candidates, dtype=torch.bool).scatter_(-1, best, True)
-    # a token's candidates are ranked, so the ones it takes are its best ones: their number says which
-    return _take_best(scores, experts, min_experts + taken.view(B, T, -1).sum(-1))
+    n_taken = taken.view(B, T, -1).sum(-1)  # which ones follows: a token's candidates are ranked
+    return take_best(scores, expert_ids, min_experts + n_taken)
 
 
-def batchtopk(scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None) -> Tensor:
-    """SeqTopK with one budget of B*T*k pairs for the whole batch. Sees the future and the other sequences.
+def online_seqtopk(
+    scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None, strict: bool = True
+) -> Tensor:
+    """The causal form of SeqTopK: token m competes with tokens 1 .. m of its sequence only.
+
+    Token m takes its min_experts best experts, and those of its candidates that are among the m*(k - m0) best
+    of tokens 1 .. m. So its row is the last row of `seqtopk(scores[:, :m])`, and this equals the plain loop
+
+        for m in range(1, T + 1):
+            mask[:, m - 1] = seqtopk(scores[:, :m], k)[:, -1]
+
+    That rule alone overspends where scores grow along the sequence. `strict` caps the pairs that tokens
+    1 .. m spend at m*k, for every m: a token for which too little is left keeps the best of its candidates.
 
     scores (B, T, E) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
     """
     B, T, E = scores.shape
-    return seqtopk(scores.reshape(1, B * T, E), k, min_experts, max_experts).view(B, T, E)
-
-
-def expert_choice(scores: Tensor, k: int) -> Tensor:
-    """Every expert takes its T*k/E best tokens of each sequence (arXiv 2202.09368). Sees the future.
-
-    In the paper a whole batch is one pool of tokens; here each sequence is, so that none sees another. Where
-    E does not divide T*k, the remaining pairs go to the experts whose next token scores highest, so that a
-    sequence always spends exactly T*k.
-
-    scores (B, T, E) -> mask (B, T, E). Raises ValueError unless 1 <= k <= E.
-    """
-    B, T, E = scores.shape
-    check_bounds(E, k)
-    share, remainder = divmod(T * k, E)
-    tokens = scores.argsort(dim=1, descending=True, stable=True)  # (B, T, E), best of each expert first
-    capacity = torch.full((B, 1, E), share, device=scores.device)
-    if remainder:
-        next_score = scores.gather(1, tokens[:, share : share + 1])  # (B, 1, E)
-        capacity += topk(next_score, remainder)
-    taken = torch.arange(T, device=scores.device).view(1, T, 1) < capacity
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, tokens, taken)
-
-
-def top_p(scores: Tensor, k: int, mass: float = 0.4) -> Tensor:
-    """Every token takes the fewest experts that have `mass` of its scores, at least one (arXiv 2403.07652).
-
-    A token spends what its scores ask for; k has no say.
-
-    scores (B, T, E), not negative -> mask (B, T, E). Raises ValueError unless 0 < mass <= 1.
-    """
-    if not 0 < mass <= 1:
-        raise ValueError(f"mass is {mass}, but must be above 0 and at most 1")
-    values, experts = _rank_experts(scores, scores.shape[-1])
-    total = values.double().cumsum(-1)  # in float32 the sums of equal scores would differ between devices
-    before = F.pad(total, (1, 0))[..., :-1]  # the sum of all better experts
-    count = (before < mass * total[..., -1:]).sum(-1).clamp(min=1)
-    return _take_best(scores, experts, count)
-
-
-def check_slots(n_expert: int, k: int, n_null: int) -> int:
-    """The slots of a token of which k get one of n_expert real experts, if all slots' experts get the same.
-
-    Raises ValueError unless that is a whole number.
-    """
-    slots, remainder = divmod(k * (n_expert + n_null), n_expert)
-    if remainder:
-        step = n_expert // math.gcd(n_expert, k)
-        reason = "k * (n_expert + n_null) / n_expert, a token's slots, is a whole number"
-        raise ValueError(f"n_null is {n_null}, but must be a multiple of {step}, so that {reason}")
-    return slots
-
-
-def null_experts(scores: Tensor, k: int, n_null: int = 0) -> Tensor:
-    """topk over E experts and n_null that do nothing and cost nothing (arXiv 2406.13233, 2601.15370).
-
-    Every token takes its k * (E + n_null) / E best, of which k are real ones on average if the load is even.
-    Each null expert has scores of its own, as in the first paper; in the second they are copies of one. The
-    load-balance loss counts each as an expert, as in the second; the first gives all of them their mean load.
-
-    scores (B, T, E + n_null), the null experts last -> mask of the same shape. Raises ValueError for an
-    impossible k or n_null (check_bounds, check_slots).
-    """
-    n_expert = scores.shape[-1] - n_null
-    check_bounds(n_expert, k)
-    return topk(scores, check_slots(n_expert, k, n_null))
-
-
-def expert_threshold(scores: Tensor, k: int) -> Tensor:
-    """Every expert takes the tokens that score above its cutoff (arXiv 2603.11535).
-
-    A router gets scores with the bias added, and here the bias is 1 - cutoff: `cutoff_update` keeps it where
-    an expert takes a share k / E of all tokens. Before the first update it is 0 and no sigmoid is above 1, so
-    that no token gets an expert; in a run that goes on under another router it stays that router's bias.
-    Sigmoids are told apart while logits are well within -15 and 15. The paper also limits, in training, how
-    many tokens an expert takes; nothing does here.
-
-    scores (B, T, E), lifted by the bias -> mask (B, T, E).
-    """
-    return scores > 1
-
-
-def remoe(scores: Tensor, k: int) -> Tensor:
-    """Every token takes the experts whose ReLU is not 0 (ReMoE, arXiv 2412.14711).
-
-    `l1_loss`, its weight moved by `l1_coef_update`, keeps them at k on average.
-
-    scores (B, T, E) -> mask (B, T, E).
-    """
-    return scores > 0
-
-
-def online_seqtopk(
-    scores: Tensor,
-    k: int,
-    min_experts: int = 1,
-    max_experts: int | None = None,
-    strict: bool = True,
-    prior: Tensor | None = None,
-) -> Tensor:
-    """The causal form of SeqTopK: token m competes with the tokens 1 .. m of its sequence only.
-
-    Token m takes its min_experts best experts, and those of its candidates that are among the m * (k -
-    min_experts) best of the first m tokens. So its row is the last row of `seqtopk(scores[:, :m])`.
-
-    That rule alone overspends when scores grow along the sequence. `strict` caps the pairs spent by the
-    tokens 1 .. m at m*k, for every m: a token for which too little is left keeps the best of its candidates.
-
-    `prior` stands for n0 tokens before the first one, which compete but spend nothing of the strict budget:
-    what scores are usual, until the sequence itself tells (see pseudo_candidates).
-
-    scores (B, T, E); prior (n0*c,) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
-    """
-    B, T, E = scores.shape
     u = check_bounds(E, k, min_experts, max_experts)
-    values, experts = _rank_experts(scores, u)
+    values, expert_ids = rank_experts(scores, u)
     candidates = values[..., min_experts:]  # (B, T, c)
-    past = candidates.new_empty(B, 0) if prior is None else prior.expand(B, -1)
-    budget = torch.arange(1, T + 1, device=scores.device).expand(B, T) * (k - min_experts)
-    prior_budget = past.shape[1] // max(1, u - min_experts) * (k - min_experts)
-    count = _count_above_threshold(candidates, past, budget + prior_budget)
+    extra_budget = torch.arange(1, T + 1, device=scores.device).expand(B, T) * (k - min_experts)
+    n_taken = count_above_threshold(candidates, candidates.new_empty(B, 0), extra_budget)
     if strict:
-        count = _cap_spending(count, budget, torch.zeros_like(budget[:, :1]))
-    return _take_best(scores, experts, min_experts + count)
+        n_taken = cap_spending(n_taken, extra_budget, torch.zeros_like(extra_budget[:, :1]))
+    return take_best(scores, expert_ids, min_experts + n_taken)
 
 
-def pseudo_candidates(
-    scores: Tensor, k: int, n: int, min_experts: int = 1, max_experts: int | None = None
-) -> Tensor:
-    """Evenly spaced quantiles of the candidates of many tokens: a `prior` for online_seqtopk of n tokens.
-
-    scores (B, T, E) -> (n*c,). Raises ValueError for impossible bounds (check_bounds).
-    """
-    u = check_bounds(scores.shape[-1], k, min_experts, max_experts)
-    ranked = _rank_experts(scores, u)[0][..., min_experts:].flatten().sort().values
-    size = n * (u - min_experts)
-    middle = 2 * torch.arange(size, device=scores.device) + 1  # over 2 * size: integers, floats would round
-    return ranked[middle * len(ranked) // max(1, 2 * size)]
+def rank_experts(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n best experts of each token, best first: their scores and their indices, (B, T, n) each."""
+    ranked = scores.sort(dim=-1, descending=True, stable=True)
+    return ranked.values[..., :n], ranked.indices[..., :n]
 
 
-def _count_above_threshold(candidates: Tensor, past: Tensor, budget: Tensor) -> Tensor:
-    """How many candidates of each token are among the `budget` best up to and including that token.
+def take_best(scores: Tensor, expert_ids: Tensor, n_taken: int | Tensor) -> Tensor:
+    """Mask (B, T, E): each token takes the first `n_taken`, an int or (B, T), of its ranked expert_ids."""
+    if isinstance(n_taken, Tensor):
+        n_taken = n_taken.unsqueeze(-1)
+    taken = (torch.arange(expert_ids.shape[-1], device=scores.device) < n_taken).expand_as(expert_ids)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, expert_ids, taken)
 
-    candidates (B, t, c); past (B, p), candidates of earlier tokens in any order; budget (B, t) -> (B, t).
+
+def count_above_threshold(candidates: Tensor, past: Tensor, extra_budget: Tensor) -> Tensor:
+    """How many candidates of each token are among the extra_budget best, up to and including that token.
+
+    candidates (B, t, c); past (B, p), candidates of earlier tokens in any order; extra_budget (B, t)
+    -> (B, t). For token m alone it would be
+
+        (candidates[m] >= everything_up_to_m.sort(descending).values[extra_budget[m] - 1]).sum()
+
+    but for ties, which ranks decide: 0 is the best candidate of the whole sequence.
     """
     B, t, c = candidates.shape
     p = past.shape[1]
     order = torch.cat([past, candidates.flatten(1)], dim=1).argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(p + t * c, device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, places)  # (B, p + t*c), 0 is the best
+    rank = torch.empty_like(order).scatter_(-1, order, places)  # (B, p + t*c)
     length = p + c * torch.arange(1, t + 1, device=order.device).expand(B, t)
-    threshold = _prefix_order_statistic(rank, length, budget - 1)  # (B, t)
+    threshold = prefix_order_statistic(rank, length, extra_budget - 1)  # (B, t)
     above = rank[:, p:].view(B, t, c) <= threshold.unsqueeze(-1)
-    return (above & (budget > 0).unsqueeze(-1)).sum(-1)
+    return (above & (extra_budget > 0).unsqueeze(-1)).sum(-1)
 
 
-def _prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
-    """The nth smallest (from 0) of rank[b, :length], for many prefixes at once, from a wavelet tree.
+def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
+    """The nth smallest (from 0) of the first `length` ranks, for many pairs (length, nth) at once.
 
-    rank (B, n): in each row a permutation of 0 .. n-1; length, nth (B, Q) -> (B, Q). About log2(n) rounds of
-    cumsum, gather and scatter, whatever Q is.
+    rank (B, n): in each row a permutation of 0 .. n-1; length, nth (B, Q) -> (B, Q). It equals the loop
 
-    A node of the tree holds the ranks that agree in their high bits, in their old order. Nodes lie side by
-    side, so a node starts at the smallest rank that it can hold, and each one before it is full. Every round
-    splits all nodes by the next bit, and every query follows the half that its answer lies in.
+        for b, q in all rows and queries:
+            answer[b, q] = rank[b, : length[b, q]].sort().values[nth[b, q]]
+
+    in about log2(n) rounds of cumsum, gather and scatter, whatever Q is (a wavelet tree).
+
+    A round fixes one bit of every answer, from the highest down. A running count tells how many ranks of a
+    query's prefix have a 0 there. If these are more than nth, the answer has a 0 too, and the search goes on
+    among them; else it has a 1, and nth drops by their number. Then the ranks are regrouped: those that agree
+    in all bits so far stand side by side, in their old order, so that what was a prefix is one within its
+    group. Ranks are a permutation, so a group begins at the place of the smallest rank that belongs to it.
+
+    The third smallest (nth = 2) of the first five of these eight ranks, 5 2 7 0 3:
+
+        5 2 7 0 3 6 1 4   bit 4 is 0 in 2 0 3, three ranks > nth:   0; go on in 2 0 3 1, its first three
+        2 0 3 1           bit 2 is 0 in 0, one rank <= nth:         1; nth = 1, go on in 2 3, its first two
+        2 3               bit 1 is 0 in 2, one rank <= nth:         1; the answer is 011 = 3
     """
     rank = rank.clone()
     place = torch.arange(rank.shape[1], device=rank.device)
-    start = torch.zeros_like(nth)  # of the query's node; the bits of the answer found so far
+    answer = torch.zeros_like(nth)  # the bits found so far; also where the query's group begins
     for bit in reversed(range((rank.shape[1] - 1).bit_length())):
         half = 1 << bit
-        goes_left = rank & half == 0
-        lefts = F.pad(goes_left.cumsum(-1), (1, 0))  # (B, n+1): how many of the first i go left
-        in_left = lefts.gather(-1, start + length) - start // 2  # half of every full node went left
-        right = nth >= in_left
-        nth = torch.where(right, nth - in_left, nth)
-        length = torch.where(right, length - in_left, in_left)
-        start = start + half * right
-        node = place & -(2 * half)
-        nth_left = lefts[:, :-1] - node // 2
-        new_place = torch.where(goes_left, node + nth_left, place + half - nth_left)
+        is_zero = rank & half == 0
+        zeros = F.pad(is_zero.cumsum(-1), (1, 0))  # (B, n+1): how many of the first i have a 0
+        before_group = answer // 2  # half of every group that is full
+        zeros_in_prefix = zeros.gather(-1, answer + length) - before_group
+        is_one = nth >= zeros_in_prefix
+        nth = torch.where(is_one, nth - zeros_in_prefix, nth)
+        length = torch.where(is_one, length - zeros_in_prefix, zeros_in_prefix)
+        answer = answer + half * is_one
+        group = place & -(2 * half)  # where the group of each place begins
+        zeros_in_group = zeros[:, :-1] - group // 2
+        new_place = torch.where(is_zero, group + zeros_in_group, place + half - zeros_in_group)
         rank = torch.empty_like(rank).scatter_(-1, new_place, rank)
-    return start
+    return answer
 
 
-def _cap_spending(count: Tensor, budget: Tensor, spent: Tensor) -> Tensor:
-    """Cut `count` so that the sum up to each token, on top of `spent`, stays within the budget there.
+def cap_spending(n_taken: Tensor, extra_budget: Tensor, spent: Tensor) -> Tensor:
+    """Cut n_taken so that its sum up to each token, on top of `spent`, stays within the extra budget there.
 
-    count, budget (B, t), budget not falling along t; spent (B, 1), at most the budget before -> (B, t).
+    n_taken, extra_budget (B, t), the budget not falling along t; spent (B, 1), at most the budget before
+    -> (B, t). The loop
 
-    The sum S_m = min(S_{m-1} + count_m, budget_m) in parallel: with A the uncapped sum, S = A + min(0, the
-    lowest budget - A so far).
+        for m in range(t):
+            total = min(total + n_taken[m], extra_budget[m])
+
+    in parallel: with A the uncapped sum, total = A + min(0, the lowest extra_budget - A so far).
     """
-    if count.shape[1] == 1:
-        return torch.minimum(count, budget - spent)
-    uncapped = spent + count.cumsum(-1)
-    total = uncapped + (budget - uncapped).clamp(max=0).cummin(-1).values
+    if n_taken.shape[1] == 1:
+        return torch.minimum(n_taken, extra_budget - spent)
+    uncapped = spent + n_taken.cumsum(-1)
+    total = uncapped + (extra_budget - uncapped).clamp(max=0).cummin(-1).values
     return total.diff(dim=-1, prepend=spent)
 
 
 class ExpertCache:
-    """What online SeqTopK remembers of one layer's past: the candidates' scores and the budget.
+    """What online SeqTopK remembers of one layer's past: the candidates' scores and the extra budget.
 
     Feeding a sequence in any chunks gives the mask of `online_seqtopk` on the whole of it. A step with one
     token never scans the past: it looks its c candidates up in a sorted buffer, and compares them with the
-    `RECENT` newest tokens, which are merged into that buffer once in so many steps. Holds B * (max_tokens +
-    RECENT) * c float32 scores, where keeping all scores, as the paper does, takes B * max_tokens * E.
+    `RECENT` newest tokens, which are merged into that buffer once in so many steps. The cache holds
+    B * (max_tokens + RECENT) * c float32 scores; all scores, as the paper keeps, would be B * max_tokens * E.
     """
 
     RECENT = 64
@@ -315,7 +214,6 @@ class ExpertCache:
         min_experts: int = 1,
         max_experts: int | None = None,
         strict: bool = True,
-        prior: Tensor | None = None,
         device: torch.device | str | None = None,
     ):
         """Raises ValueError for impossible bounds (check_bounds) and for batch_size or max_tokens below 1."""
@@ -324,26 +222,22 @@ class ExpertCache:
             raise ValueError(f"{sizes}, but both must be at least 1")
         self.max_tokens, self.min_experts, self.strict = max_tokens, min_experts, strict
         self.max_experts = check_bounds(n_expert, k, min_experts, max_experts)
-        self.per_token = k - min_experts  # what each token adds to the budget for candidates
+        self.extra_per_token = k - min_experts
         c = self.max_experts - min_experts
-        self.prior = torch.empty(0, device=device) if prior is None else prior.sort().values
-        self.n_prior = len(self.prior) // max(1, c)  # tokens
-        room = (self.n_prior + max_tokens) * c
-        self.sorted = torch.empty(batch_size, room, device=device)  # ascending, -inf where empty
+        self.sorted = torch.empty(batch_size, max_tokens * c, device=device)  # ascending, -inf where empty
         self.recent = torch.empty(batch_size, min(self.RECENT, max_tokens) * c, device=device)  # as they came
-        self.budget = torch.empty(batch_size, 1, dtype=torch.int64, device=device)
-        self.spent = torch.empty_like(self.budget)
-        self.last_place = room + torch.arange(c, device=device)  # see _count_one
+        self.extra_budget = torch.empty(batch_size, 1, dtype=torch.int64, device=device)  # of all so far
+        self.spent = torch.empty_like(self.extra_budget)
+        self.better_own = torch.arange(c, device=device)  # the better candidates of a candidate's own token
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the prior."""
+        """Forget everything."""
         self.sorted.fill_(-torch.inf)
-        self.sorted[:, self.sorted.shape[1] - len(self.prior) :] = self.prior
         self.recent.fill_(-torch.inf)
-        self.budget.zero_()
+        self.extra_budget.zero_()
         self.spent.zero_()
-        self.n_sorted, self.n_recent = self.n_prior, 0  # tokens in each buffer
+        self.n_sorted = self.n_recent = 0  # tokens in each buffer
 
     @property
     def nbytes(self) -> int:
@@ -358,45 +252,52 @@ class ExpertCache:
         all.
         """
         t = scores.shape[1]
-        seen = self.n_sorted + self.n_recent - self.n_prior
+        self._check_room(t)
+        values, expert_ids = rank_experts(scores.detach(), self.max_experts)
+        candidates = values[..., self.min_experts :]  # (B, t, c)
+        if active is not None:
+            candidates = candidates.masked_fill(~active.unsqueeze(-1), -torch.inf)
+        n_extra = self._spend(candidates, active)
+        self._remember(candidates)
+        n_taken = n_extra + self.min_experts
+        return take_best(scores, expert_ids, n_taken if active is None else n_taken * active)
+
+    def _check_room(self, t: int) -> None:
+        seen = self.n_sorted + self.n_recent
         if seen + t > self.max_tokens:
             raise ValueError(
                 f"Expert Cache is full: {seen} tokens seen and {t} new, but max_tokens is {self.max_tokens}"
             )
-        values, experts = _rank_experts(scores.detach(), self.max_experts)
-        candidates = values[..., self.min_experts :]  # (B, t, c)
-        if active is not None:
-            budget = self.budget + self.per_token * active.cumsum(-1)
-            candidates = candidates.masked_fill(~active.unsqueeze(-1), -torch.inf)
-        elif t == 1:
-            budget = self.budget + self.per_token
-        else:
-            budget = self.budget + self.per_token * torch.arange(1, t + 1, device=scores.device)
-        count_above = self._count_one if t == 1 else self._count_many
-        count = count_above(candidates, budget + self.n_prior * self.per_token)
+
+    def _spend(self, candidates: Tensor, active: Tensor | None) -> Tensor:
+        """How many of its candidates (B, t, c) each token takes, (B, t); the budget is moved on."""
+        t = candidates.shape[1]
+        new_tokens = torch.arange(1, t + 1, device=candidates.device) if active is None else active.cumsum(-1)
+        extra_budget = self.extra_budget + self.extra_per_token * new_tokens  # (B, t)
+        n_taken = (self._count_one if t == 1 else self._count_many)(candidates, extra_budget)
         if self.strict:
-            count = _cap_spending(count, budget, self.spent)
-        self.budget.copy_(budget[:, -1:])
-        self.spent += count if t == 1 else count.sum(-1, keepdim=True)
-        self._remember(candidates)
-        count = count + self.min_experts
-        return _take_best(scores, experts, count if active is None else count * active)
+            n_taken = cap_spending(n_taken, extra_budget, self.spent)
+        self.extra_budget.copy_(extra_budget[:, -1:])
+        self.spent += n_taken if t == 1 else n_taken.sum(-1, keepdim=True)
+        return n_taken
 
-    def _count_one(self, candidates: Tensor, budget: Tensor) -> Tensor:
-        """`_count_above_threshold` for one token: candidates (B, 1, c), budget (B, 1) -> (B, 1).
+    def _count_one(self, candidates: Tensor, extra_budget: Tensor) -> Tensor:
+        """`count_above_threshold` for one token: candidates (B, 1, c), extra_budget (B, 1) -> (B, 1).
 
-        Better than a candidate are those above its place in the sorted buffer, the recent ones that are not
-        below it, and the better ones of its own token.
+        A candidate is taken if fewer are better than the extra budget has pairs. Among equals the older one
+        is better.
         """
-        place = torch.searchsorted(self.sorted, candidates.squeeze(1).contiguous())  # (B, c)
-        recent = (self.recent.unsqueeze(1) >= candidates.mT).sum(-1)  # (B, c)
-        return (self.last_place - place + recent < budget).sum(-1, keepdim=True)
+        below = torch.searchsorted(self.sorted, candidates.squeeze(1).contiguous())  # (B, c)
+        better_in_sorted = self.sorted.shape[1] - below
+        better_recent = (self.recent.unsqueeze(1) >= candidates.mT).sum(-1)  # (B, c)
+        better = better_in_sorted + better_recent + self.better_own
+        return (better < extra_budget).sum(-1, keepdim=True)
 
-    def _count_many(self, candidates: Tensor, budget: Tensor) -> Tensor:
+    def _count_many(self, candidates: Tensor, extra_budget: Tensor) -> Tensor:
         c = candidates.shape[-1]
         in_sorted = self.sorted[:, self.sorted.shape[1] - self.n_sorted * c :]
         past = torch.cat([in_sorted, self.recent[:, : self.n_recent * c]], dim=1)
-        return _count_above_threshold(candidates, past, budget)
+        return count_above_threshold(candidates, past, extra_budget)
 
     def _remember(self, candidates: Tensor) -> None:
         """Add candidates (B, t, c) to the recent ones while there is room; else merge all into the sorted."""
@@ -416,42 +317,239 @@ class ExpertCache:
         self.n_sorted, self.n_recent = self.n_sorted + self.n_recent + t, 0
 
 
-def discount_by_rank(scores: Tensor) -> Tensor:
-    """A token's best score stays, its second best is halved, its third best divided by three, and so on.
+# -------------------- the table ---------------------------------------------------------------------------
 
-    Scores below 0 are multiplied instead, so that a token's order stays. scores (..., E) -> the same shape.
+
+class Router(NamedTuple):
+    """A row of ROUTERS: the function, and what the model and a reader of its losses must know about it.
+
+    A router that learns or adapts has a `state`: buffers of each layer, saved and resumed with the weights.
+    Its select gets them as `state`; `loss` and `update`, both optional, may use them:
+
+        state(config) -> dict of tensors
+        loss(routing, state, config) -> scalar, added to the training loss as the mean over layers
+        update(state, routing, config) -> the next state, after each iteration's step of the optimiser
+
+    `update` sees all layers at once: its tensors have a leading dimension L, and the routing is that of all
+    sequences of the iteration, (L, B, T, E) each.
     """
-    values, experts = scores.float().sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
-    discounted = torch.where(values > 0, values / ranks, values * ranks)
-    return torch.empty_like(values).scatter_(-1, experts, discounted)
+
+    select: Callable[..., Tensor]  # (scores, k, **options) -> mask
+    causal: bool  # a token's row depends on its own past and present only
+    exact: bool  # spends exactly B*T*k pairs, so every tensor behind it has a static shape
+    decode: str  # the causal router that stands in when text is generated or a likelihood is reported
+    options: tuple[str, ...] = ()  # settings of the config that it takes besides k, and nobody else reads
+    cache: type[ExpertCache] | None = None  # what decoding must remember; takes the same options
+    needs: dict[str, object] = {}  # settings that make it what it is, and their values  # noqa: RUF012
+    takes_bias: bool = True  # it selects by scores to which the loss-free bias is added
+    # (config, tokens, fresh) -> the most pairs so many tokens can spend, None where no bound is worth padding
+    # to; `fresh` says that sequences begin with these tokens. An exact router needs none.
+    max_pairs: Callable[..., int | None] | None = None
+    state: Callable[..., State] | None = None
+    loss: Callable[..., Tensor] | None = None
+    update: Callable[..., State] | None = None
 
 
-def seqtopk_discount(scores: Tensor, k: int) -> Tensor:
-    """seqtopk without max_experts: the more experts a token has, the better the next one must be.
+def online_max_pairs(config, tokens: int, fresh: bool) -> int | None:
+    """A strict budget binds from the start of a sequence; later a token may spend what earlier ones saved."""
+    if fresh:
+        return tokens * config.k if config.strict else None
+    return tokens * check_bounds(config.n_expert, config.k, config.min_experts, config.max_experts)
+
+
+BOUNDS = ("min_experts", "max_experts")
+
+ROUTERS = {
+    "topk": Router(topk, causal=True, exact=True, decode="topk"),
+    "seqtopk": Router(seqtopk, causal=False, exact=True, decode="online_seqtopk", options=BOUNDS),
+    "online_seqtopk": Router(
+        online_seqtopk,
+        causal=True,
+        exact=False,
+        decode="online_seqtopk",
+        options=(*BOUNDS, "strict"),
+        cache=ExpertCache,
+        max_pairs=online_max_pairs,
+    ),
+}
+
+
+# -------------------- other published routers -------------------------------------------------------------
+
+
+def batchtopk(scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None) -> Tensor:
+    """SeqTopK with one budget of B*T*k pairs for the whole batch. Sees later tokens and other sequences.
+
+    scores (B, T, E) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
+    """
+    B, T, E = scores.shape
+    return seqtopk(scores.reshape(1, B * T, E), k, min_experts, max_experts).view(B, T, E)
+
+
+ROUTERS["batchtopk"] = Router(batchtopk, causal=False, exact=True, decode="online_seqtopk", options=BOUNDS)
+
+
+def expert_choice(scores: Tensor, k: int) -> Tensor:
+    """Every expert takes its T*k/E best tokens of each sequence (arXiv 2202.09368). Sees later tokens.
+
+    In the paper a whole batch is one pool of tokens; here each sequence is, so that none sees another. Where
+    E does not divide T*k, the remaining pairs go to the experts whose next token scores highest, so that a
+    sequence always spends exactly T*k.
 
     scores (B, T, E) -> mask (B, T, E). Raises ValueError unless 1 <= k <= E.
     """
-    return seqtopk(discount_by_rank(scores), k, max_experts=scores.shape[-1])
+    B, T, E = scores.shape
+    check_bounds(E, k)
+    share, remainder = divmod(T * k, E)
+    tokens = scores.argsort(dim=1, descending=True, stable=True)  # (B, T, E), best of each expert first
+    capacity = torch.full((B, 1, E), share, device=scores.device)
+    if remainder:
+        next_score = scores.gather(1, tokens[:, share : share + 1])  # (B, 1, E)
+        capacity += topk(next_score, remainder)
+    taken = torch.arange(T, device=scores.device).view(1, T, 1) < capacity
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, tokens, taken)
 
 
-def online_seqtopk_discount(scores: Tensor, k: int, strict: bool = True) -> Tensor:
-    """The causal form of seqtopk_discount.
+ROUTERS["expert_choice"] = Router(expert_choice, causal=False, exact=True, decode="topk")
 
-    scores (B, T, E) -> mask (B, T, E). Raises ValueError unless 1 <= k <= E.
+
+def top_p(scores: Tensor, k: int, mass: float = 0.4) -> Tensor:
+    """Every token takes the fewest experts that have `mass` of its scores, at least one (arXiv 2403.07652).
+
+    A token spends what its scores ask for; k has no say.
+
+    scores (B, T, E), not negative -> mask (B, T, E). Raises ValueError unless 0 < mass <= 1.
     """
-    return online_seqtopk(discount_by_rank(scores), k, max_experts=scores.shape[-1], strict=strict)
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass is {mass}, but must be above 0 and at most 1")
+    values, expert_ids = rank_experts(scores, scores.shape[-1])
+    total = values.double().cumsum(-1)  # in float32 the sums of equal scores would differ between devices
+    before = F.pad(total, (1, 0))[..., :-1]  # the sum of all better experts
+    n_taken = (before < mass * total[..., -1:]).sum(-1).clamp(min=1)
+    return take_best(scores, expert_ids, n_taken)
 
 
-class DiscountCache(ExpertCache):
-    """What online_seqtopk_discount remembers: all scores but each token's best one."""
+ROUTERS["top_p"] = Router(
+    top_p, causal=True, exact=False, decode="top_p", options=("mass",), takes_bias=False
+)
 
-    def __init__(self, batch_size: int, max_tokens: int, k: int, n_expert: int, **options):
-        """As ExpertCache, for options strict and device."""
-        super().__init__(batch_size, max_tokens, k, n_expert, max_experts=n_expert, **options)
 
-    def select(self, scores: Tensor, active: Tensor | None = None) -> Tensor:
-        return super().select(discount_by_rank(scores), active)
+def null_experts(scores: Tensor, k: int, n_null: int = 0) -> Tensor:
+    """topk over E experts and n_null that do nothing and cost nothing (arXiv 2406.13233, 2601.15370).
+
+    Every token takes its k * (E + n_null) / E best, of which k are real ones on average if the load is even.
+    Each null expert has scores of its own, as in the first paper; in the second they are copies of one. The
+    load-balance loss counts each as an expert, as in the second; the first gives all of them their mean load.
+
+    scores (B, T, E + n_null), the null experts last -> mask of the same shape. Raises ValueError for an
+    impossible k or n_null (check_bounds, check_slots).
+    """
+    n_expert = scores.shape[-1] - n_null
+    check_bounds(n_expert, k)
+    return topk(scores, check_slots(n_expert, k, n_null))
+
+
+ROUTERS["null_experts"] = Router(
+    null_experts,
+    causal=True,
+    exact=False,
+    decode="null_experts",
+    options=("n_null",),
+    needs={"norm_topk": True},
+)
+
+
+def expert_threshold(scores: Tensor, k: int, state: State) -> Tensor:
+    """Every expert takes the tokens that score above its cutoff (arXiv 2603.11535).
+
+    `update_cutoff` keeps the cutoff where an expert takes a share k / E of all tokens. Before the first
+    update it is 1, above all sigmoids, so that no token gets an expert. The paper also limits, in training,
+    how many tokens an expert takes; nothing does here.
+
+    scores (B, T, E) sigmoids -> mask (B, T, E).
+    """
+    return scores > state["cutoff"]
+
+
+def cutoff_state(config) -> State:
+    return {"cutoff": torch.ones(config.n_expert), "updates": torch.zeros((), dtype=torch.int64)}
+
+
+def update_cutoff(state: State, routing: Routing, config) -> State:
+    """A moving average of the k-th largest score of each expert (arXiv 2603.11535, algorithm 1, of logits).
+
+    The k-th largest is the lowest score that an expert takes when it takes its S*k/E best of S = B*T tokens.
+    The newest iteration weighs 1/1000 as in the paper, but 10/(n + 10) after n < 10,000 updates, because
+    scores change fast at first: the first update leaves nothing old.
+    """
+    tokens = routing.scores.flatten(1, 2)  # (L, S, E)
+    _, S, E = tokens.shape
+    newest = tokens.kthvalue(S + 1 - max(1, S * config.k // E), dim=1).values  # (L, E)
+    weight = (10 / (state["updates"] + 10)).clamp(min=0.001).unsqueeze(-1)  # (L, 1)
+    return {"cutoff": state["cutoff"].lerp(newest, weight), "updates": state["updates"] + 1}
+
+
+ROUTERS["expert_threshold"] = Router(
+    expert_threshold,
+    causal=True,
+    exact=False,
+    decode="expert_threshold",
+    needs={"score_fn": "sigmoid"},
+    takes_bias=False,
+    state=cutoff_state,
+    update=update_cutoff,
+)
+
+
+def remoe(scores: Tensor, k: int, state: State) -> Tensor:
+    """Every token takes the experts whose ReLU is not 0 (ReMoE, arXiv 2412.14711).
+
+    `l1_loss`, its weight moved by `update_l1_coef`, keeps them at k on average.
+
+    scores (B, T, E) -> mask (B, T, E).
+    """
+    return scores > 0
+
+
+L1_COEF = 1e-8  # the first and the lowest weight of l1_loss
+
+
+def l1_state(config) -> State:
+    return {"l1_coef": torch.tensor(L1_COEF)}
+
+
+def l1_loss(routing: Routing, state: State, config) -> Tensor:
+    """The mean over tokens of the sum of scores, each times its expert's load, weighed by l1_coef.
+
+    A load of S*k/E of the S = B*T tokens counts as 1 (ReMoE, arXiv 2412.14711, eq. 10 and 11). Its gradient
+    flows through the scores only.
+    """
+    load = routing.mask.float().mean((0, 1)) * (config.n_expert / config.k)  # (E,)
+    return state["l1_coef"] * (load * routing.scores.mean((0, 1))).sum()
+
+
+def update_l1_coef(state: State, routing: Routing, config) -> State:
+    """1.2 times the weight if all layers together spent more than k experts per token, a 1.2th of it if fewer
+    (arXiv 2412.14711, eq. 7 and 8), but never below L1_COEF, from where it would not come back."""
+    budget = routing.mask[..., 0].numel() * config.k
+    coef = state["l1_coef"] * 1.2 ** torch.sign(routing.mask.sum() - budget)
+    return {"l1_coef": coef.clamp(min=L1_COEF)}
+
+
+ROUTERS["remoe"] = Router(
+    remoe,
+    causal=True,
+    exact=False,
+    decode="remoe",
+    needs={"score_fn": "relu"},
+    takes_bias=False,
+    state=l1_state,
+    loss=l1_loss,
+    update=update_l1_coef,
+)
+
+
+# -------------------- losses and a bias that balance the load ---------------------------------------------
 
 
 def load_balance_loss(scores: Tensor, mask: Tensor) -> Tensor:
@@ -461,13 +559,8 @@ def load_balance_loss(scores: Tensor, mask: Tensor) -> Tensor:
     scores (..., E), mask (..., E) -> scalar; its gradient flows through P only.
     """
     share = mask.flatten(0, -2).sum(0) / mask.sum().clamp(min=1)
-    probability = _shares(scores).flatten(0, -2).mean(0)
+    probability = shares(scores).flatten(0, -2).mean(0)
     return scores.shape[-1] * (share * probability).sum()
-
-
-def _shares(scores: Tensor) -> Tensor:
-    """The share of each expert in its token's scores: scores of any kind (..., E) -> (..., E)."""
-    return scores / scores.sum(-1, keepdim=True).clamp(min=1e-9)  # sigmoids may all be 0
 
 
 def entropy_loss(scores: Tensor) -> Tensor:
@@ -475,8 +568,13 @@ def entropy_loss(scores: Tensor) -> Tensor:
 
     scores (..., E) -> scalar.
     """
-    share = _shares(scores)
+    share = shares(scores)
     return -(share * share.clamp(min=1e-9).log()).sum(-1).mean()
+
+
+def shares(scores: Tensor) -> Tensor:
+    """The share of each expert in its token's scores: scores of any kind (..., E) -> (..., E)."""
+    return scores / scores.sum(-1, keepdim=True).clamp(min=1e-9)  # sigmoids may all be 0
 
 
 def z_loss(logits: Tensor) -> Tensor:
@@ -496,118 +594,34 @@ def loss_free_update(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     return bias + rate * torch.sign(load.float().mean(-1, keepdim=True) - load)
 
 
-def kth_scores(scores: Tensor, k: int) -> Tensor:
-    """The lowest score that each expert takes when it takes its S*k/E best of the S = B*T tokens.
+# -------------------- checks ------------------------------------------------------------------------------
 
-    scores (B, T, E) -> (E,).
+
+def check_bounds(n_expert: int, k: int, min_experts: int = 0, max_experts: int | None = None) -> int:
+    """Return max_experts, its default filled in.
+
+    Raises ValueError unless 1 <= k <= n_expert and 0 <= min_experts <= k <= max_experts <= n_expert.
     """
-    tokens = scores.flatten(0, 1)  # (S, E)
-    S, E = tokens.shape
-    return tokens.kthvalue(S + 1 - max(1, S * k // E), dim=0).values
+    if not 1 <= k <= n_expert:
+        raise ValueError(f"k is {k}, but must be from 1 to n_expert = {n_expert}")
+    if not 0 <= min_experts <= k:
+        raise ValueError(f"min_experts is {min_experts}, but must be from 0 to k = {k}")
+    if max_experts is None:
+        return min(k + 2, n_expert)
+    if not k <= max_experts <= n_expert:
+        allowed = f"from k = {k} to n_expert = {n_expert}, or None"
+        raise ValueError(f"max_experts is {max_experts}, but must be {allowed}")
+    return max_experts
 
 
-def cutoff_update(bias: Tensor, kth: Tensor, step: int) -> Tensor:
-    """The next bias of expert_threshold: 1 - a moving average of kth_scores (arXiv 2603.11535, algorithm 1,
-    where it is of logits).
+def check_slots(n_expert: int, k: int, n_null: int) -> int:
+    """The slots of a token of which k get one of n_expert real experts, if all slots' experts get the same.
 
-    step: updates before this one. The newest batch weighs 1/1000 as in the paper, but 10/(step + 10) in a
-    run's first 10,000 steps, as scores change fast then: the first update leaves nothing old.
-    bias, kth (..., E) -> (..., E).
+    Raises ValueError unless that is a whole number.
     """
-    return bias.lerp(1 - kth, max(0.001, 10 / (step + 10)))
-
-
-L1_COEF = 1e-8  # the first and the lowest weight of l1_loss
-
-
-def l1_loss(scores: Tensor, mask: Tensor, k: int) -> Tensor:
-    """The sum of a token's scores, each times its expert's load (ReMoE, arXiv 2412.14711, eq. 10 and 11).
-
-    A load of S*k/E of the S = B*T tokens counts as 1. Mean over tokens.
-    scores, mask (B, T, E) -> scalar; its gradient flows through scores only.
-    """
-    load = mask.float().mean((0, 1)) * (scores.shape[-1] / k)
-    return (load * scores.mean((0, 1))).sum()
-
-
-def l1_coef_update(coef: Tensor, load: Tensor, k: int, tokens: int) -> Tensor:
-    """The next weight of l1_loss: 1.2 times this one if more than k experts per token were spent, a 1.2th of
-    it if fewer (arXiv 2412.14711, eq. 7 and 8), but never below L1_COEF, from where it would not come back.
-
-    coef scalar; load (L, E) pairs that each expert got of `tokens` tokens -> scalar.
-    """
-    return (coef * 1.2 ** torch.sign(load.sum() - len(load) * tokens * k)).clamp(min=L1_COEF)
-
-
-class Router(NamedTuple):
-    """A row of ROUTERS: the function, and what the model and a reader of its losses must know about it."""
-
-    select: Callable[..., Tensor]  # (scores, k, **options) -> mask
-    causal: bool  # a token's row depends on its own past and present only
-    exact: bool  # spends exactly B*T*k pairs, so every tensor behind it has a static shape
-    decode: str  # the causal router that stands in when text is generated or a likelihood is reported
-    options: tuple[str, ...] = ()  # the settings it takes besides k; "strict" means at most k pairs a token
-    cache: type[ExpertCache] | None = None  # what decoding must remember; takes the same settings
-    # settings that make it what it is, and their values; with bias_rate=0 it is given no bias of another run
-    needs: tuple[tuple[str, object], ...] = ()
-    cutoffs: bool = False  # training moves the bias by cutoff_update
-    l1: bool = False  # training adds l1_loss
-
-    @property
-    def biased(self) -> bool:
-        """Whether it is given the scores with the bias added."""
-        return self.cutoffs or ("bias_rate", 0) not in self.needs
-
-
-BOUNDS = ("min_experts", "max_experts")
-
-ROUTERS = {
-    "topk": Router(topk, causal=True, exact=True, decode="topk"),
-    "batchtopk": Router(batchtopk, causal=False, exact=True, decode="online_seqtopk", options=BOUNDS),
-    "seqtopk": Router(seqtopk, causal=False, exact=True, decode="online_seqtopk", options=BOUNDS),
-    "online_seqtopk": Router(
-        online_seqtopk,
-        causal=True,
-        exact=False,
-        decode="online_seqtopk",
-        options=(*BOUNDS, "strict", "prior"),
-        cache=ExpertCache,
-    ),
-    "seqtopk_discount": Router(seqtopk_discount, causal=False, exact=True, decode="online_seqtopk_discount"),
-    "online_seqtopk_discount": Router(
-        online_seqtopk_discount,
-        causal=True,
-        exact=False,
-        decode="online_seqtopk_discount",
-        options=("strict",),
-        cache=DiscountCache,
-    ),
-    "expert_choice": Router(expert_choice, causal=False, exact=True, decode="topk"),
-    "top_p": Router(
-        top_p, causal=True, exact=False, decode="top_p", options=("mass",), needs=(("bias_rate", 0),)
-    ),
-    "expert_threshold": Router(
-        expert_threshold,
-        causal=True,
-        exact=False,
-        decode="expert_threshold",
-        needs=(("score_fn", "sigmoid"), ("bias_rate", 0)),
-        cutoffs=True,
-    ),
-    "remoe": Router(
-        remoe,
-        causal=True,
-        exact=False,
-        decode="remoe",
-        needs=(("score_fn", "relu"), ("bias_rate", 0)),
-        l1=True,
-    ),
-    "null_experts": Router(
-        null_experts,
-        causal=True,
-        exact=False,
-        decode="null_experts",
-        options=("n_null",),
-        needs=(("norm_topk", True),),
-    ),
-}
+    slots, remainder = divmod(k * (n_expert + n_null), n_expert)
+    if remainder:
+        step = n_expert // math.gcd(n_expert, k)
+        reason = "k * (n_expert + n_null) / n_expert, a token's slots, is a whole number"
+        raise ValueError(f"n_null is {n_null}, but must be a multiple of {step}, so that {reason}")
+    return slots

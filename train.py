@@ -19,12 +19,13 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -34,26 +35,17 @@ import data
 from config import bad_input_exits, parse, require
 from config.device import DTYPES, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from model import (
-    ROUTING,
     MoEConfig,
     MoEGPT,
     Stats,
     check_router,
-    evaluate_text,
+    known_routers,
     load_checkpoint,
     pretrained_config,
+    routing_settings,
     save_checkpoint,
 )
-from router import (
-    L1_COEF,
-    ROUTERS,
-    cutoff_update,
-    entropy_loss,
-    kth_scores,
-    l1_coef_update,
-    l1_loss,
-    loss_free_update,
-)
+from router import ROUTERS, Routing, State, entropy_loss, loss_free_update
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,7 @@ class TrainConfig(MoEConfig):
         if not self.first_iters:
             require(first is None, "first_iters", 0, f"at least 1 for first_router = {first}")
             return
-        require(first in ROUTERS, "first_router", first, "one of " + ", ".join(ROUTERS))
+        require(first in ROUTERS, "first_router", first, known_routers(first))
         check_router(self, first)
 
     @property
@@ -138,16 +130,15 @@ class TrainConfig(MoEConfig):
         """The router that trains when `step` iterations have been done."""
         return self.first_router if step < self.first_iters else self.router
 
-    @property
-    def has_cutoffs(self) -> bool:
-        return any(ROUTERS[router].cutoffs for router in (self.router, self.router_at(0)))
 
-
-# what decides the shapes and the meaning of the weights; the routing may change from run to run
-CHANGEABLE = {*ROUTING, "k", "block_size"}
-ARCHITECTURE = [field.name for field in fields(MoEConfig) if field.name not in CHANGEABLE]
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
 OPTIMIZER = ["train_only", "weights_dtype"]  # what decides its state
+
+
+def architecture() -> list[str]:
+    """The settings that decide the shapes and the meaning of weights. The routing may change."""
+    changeable = routing_settings() | {"k", "block_size"}
+    return [field.name for field in fields(MoEConfig) if field.name not in changeable]
 
 
 def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
@@ -164,18 +155,18 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
         checkpoint = load_checkpoint(Path(given["out_dir"]) / "last.pt")
         if "train_config" not in checkpoint:
             raise ValueError(f"{given['out_dir']}/last.pt holds no run to resume: train.py did not write it")
-        old, fixed = checkpoint["train_config"], ARCHITECTURE + DATA_ORDER + OPTIMIZER
+        old, fixed = checkpoint["train_config"], architecture() + DATA_ORDER + OPTIMIZER
     elif data.is_hugging_face(init_from):
         checkpoint = {"config": asdict(pretrained_config(init_from))}
         checkpoint["tokenizer"] = data.hf_tokenizer(init_from).meta
-        old, fixed = checkpoint["config"], ARCHITECTURE
+        old, fixed = checkpoint["config"], architecture()
     else:
         path = Path(init_from)
         path = path / "best.pt" if path.is_dir() else path
         checkpoint = load_checkpoint(path)
         if "tokenizer" not in checkpoint:
             raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
-        old, fixed = checkpoint["config"], ARCHITECTURE
+        old, fixed = checkpoint["config"], architecture()
     old = asdict(TrainConfig()) | old  # settings younger than the checkpoint
     changed = [name for name in fixed if given.get(name, old[name]) != old[name]]
     if changed:
@@ -224,7 +215,6 @@ class Run:
     step: int = 0  # iterations done
     evaluated: int = -1  # the step of the last evaluation
     best: float = math.inf  # lowest causal validation loss so far
-    l1_coef: Tensor = field(default_factory=partial(torch.tensor, L1_COEF))  # weight of router.l1_loss
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
@@ -238,7 +228,6 @@ class Run:
             "step": self.step,  # the data order is a function of it
             "evaluated": self.evaluated,
             "best": self.best,
-            "l1_coef": self.l1_coef,
             "source_sha256": self.dataset.meta["source_sha256"],
             "train_config": asdict(self.config),
             "tokenizer": self.dataset.tokenizer.meta,
@@ -280,8 +269,6 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     print(f"compile   {compiled} ({compile_reason})")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(config, dataset, device, dtype, model, model, make_optimizer(model, config), scaler)
-    if checkpoint:  # a new run that begins from it, too: at 1e-8 the gates would open again
-        run.l1_coef = checkpoint.get("l1_coef", run.l1_coef)
     if config.init_from == "resume":
         run.restore(checkpoint)
     if compiled:
@@ -424,28 +411,25 @@ def losses(run: Run, x: Tensor, y: Tensor, router: str | None = None) -> tuple[T
     with run.autocast():
         _, loss, stats = run.forward(x, y, router=router)
     total = loss + config.balance_coef * stats.balance_loss + config.z_coef * stats.z_loss
-    for layer in stats.routing:
+    for layer, routing in zip(run.model.expert_layers(), stats.routing, strict=True):
         share = 1 / len(stats.routing)  # means over layers, as the others are
         if config.entropy_coef:
-            total = total + share * config.entropy_coef * entropy_loss(layer.scores)
-        if ROUTERS[router].l1:
-            total = total + share * run.l1_coef * l1_loss(layer.scores, layer.mask, config.k)
+            total = total + share * config.entropy_coef * entropy_loss(routing.scores)
+        if ROUTERS[router].loss:
+            total = total + share * ROUTERS[router].loss(routing, layer.router_state(), config)
     return total, loss.detach(), stats
 
 
 def train_step(run: Run) -> Tensor:
     """One iteration, without waiting for the device: -> (2,) mean cross-entropy and norm of the gradient."""
     config, n = run.config, run.config.gradient_accumulation_steps
-    mean_loss, load, kth = 0.0, 0, 0.0
+    mean_loss, routings = 0.0, []
     for micro_step in range(run.step * n, (run.step + 1) * n):
         total, loss, stats = losses(run, *batch(run, micro_step))
         run.scaler.scale(total / n).backward()  # all count alike, however many answers they hold
         mean_loss = mean_loss + loss / n
-        if stats.routing:
-            load = load + torch.stack([layer.mask.sum((0, 1)) for layer in stats.routing])
-            if config.has_cutoffs:
-                kths = [kth_scores(layer.scores.detach(), config.k) for layer in stats.routing]
-                kth = kth + torch.stack(kths) / n
+        if config.bias_rate or ROUTERS[config.router].update:
+            routings.append([Routing(*map(Tensor.detach, layer)) for layer in stats.routing])
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     for group in run.optimizer.param_groups:
@@ -453,34 +437,75 @@ def train_step(run: Run) -> Tensor:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    if run.model.expert_layers():
-        adapt(run, load, kth)
+    if routings and run.model.expert_layers():
+        adapt(run, routings)
     run.step += 1
     return torch.stack([mean_loss, norm])
 
 
-def adapt(run: Run, load: Tensor, kth: Tensor | float) -> None:
-    """Move what steers the routing and is not learned.
+def adapt(run: Run, routings: list[list[Routing]]) -> None:
+    """Move what steers the routing and has no gradient: the loss-free bias, and the router's state.
 
-    load (L, E) pairs of each expert in the iteration, null experts included; kth (L, E) its kth_scores, the
-    mean of its micro-batches, if a router has cutoffs.
+    routings: of each micro-batch of the iteration, of each of the L layers with experts.
     """
-    config = run.config
+    config, layers = run.config, run.model.expert_layers()
+    parts = ([torch.cat(tensors) for tensors in zip(*micro)] for micro in zip(*routings))  # of each layer
+    routing = Routing(*map(torch.stack, zip(*parts)))  # (L, n*B, T, E) each
     if config.bias_rate:
-        move_bias(run.model, load, partial(loss_free_update, rate=config.bias_rate))
-    if config.has_cutoffs:
-        move_bias(run.model, kth, partial(cutoff_update, step=run.step))
-    if ROUTERS[config.router_at(run.step)].l1:
-        run.l1_coef = l1_coef_update(run.l1_coef, load, config.k, config.tokens_per_iter)
-
-
-def move_bias(model: MoEGPT, seen: Tensor, update: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """The bias of each layer becomes update(bias, its row of `seen`)."""
-    for layer, row in zip(model.expert_layers(), seen, strict=True):
-        layer.bias.copy_(update(layer.bias, row))
+        load = routing.mask.sum((1, 2))  # (L, E)
+        for layer, pairs in zip(layers, load, strict=True):
+            layer.bias.copy_(loss_free_update(layer.bias, pairs, config.bias_rate))
+    if update := ROUTERS[config.router].update:
+        states = [layer.router_state() for layer in layers]
+        old: State = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+        for name, tensors in update(old, routing, config).items():
+            for state, tensor in zip(states, tensors, strict=True):
+                state[name].copy_(tensor)
 
 
 # -------------------- evaluation --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate_text(
+    model: MoEGPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray, router: str
+) -> dict:
+    """Loss and routing on batches of inputs and targets, (B, T) each, under one router.
+
+    token_bytes: the length of each token of the vocabulary. Targets of -1 are not learned, and do not count.
+    loss: mean cross-entropy in nats per token. bpb: the same in bits per byte of the text. experts: mean, min
+    and max experts per token. Of the share of the pairs that each expert gets, means over layers: entropy, 1
+    when uniform, and variance of share * E, 0 when uniform. dead: experts that got no token, of all layers.
+    A dense model has the first two only.
+    """
+    device, n_bytes = model.head.weight.device, torch.from_numpy(token_bytes)
+    nats = tokens = text_bytes = load = 0
+    experts = []
+    for x, y in batches:
+        _, loss, stats = model(x.to(device), y.to(device), router=router)
+        learned = y[y >= 0]
+        nats, tokens = nats + loss.double() * learned.numel(), tokens + learned.numel()
+        text_bytes += n_bytes[learned].sum().item()
+        load = load + stats.load
+        experts.append(stats.experts.flatten())
+    result = {"loss": (nats / tokens).item(), "bpb": (nats / text_bytes / math.log(2)).item()}
+    return result | routing_summary(load, torch.cat(experts))
+
+
+def routing_summary(load: Tensor, experts: Tensor) -> dict:
+    """load (L, E) pairs per expert, experts (n,) experts per token -> the routing part of evaluate_text, {}
+    if L is 0."""
+    if not len(load):
+        return {}
+    share = load / load.sum(-1, keepdim=True).clamp(min=1)
+    entropy = torch.special.entr(share).sum(-1).mean() / math.log(load.shape[-1])
+    mean, low, high = experts.float().mean(), experts.min(), experts.max()
+    return {
+        "experts": [mean.item(), low.item(), high.item()],
+        "entropy": entropy.item(),
+        "variance": (share * load.shape[-1]).var(-1, correction=0).mean().item(),
+        "dead": (load == 0).sum().item(),
+    }
 
 
 def evaluate(run: Run, router: str) -> dict:

@@ -21,16 +21,9 @@ import torch
 from tqdm import tqdm
 
 from data.answers import Answers, pack, train_windows
-from data.tokenizer import (
-    AnyTokenizer,
-    Tokenizer,
-    gpt2_tokenizer,
-    hf_tokenizer,
-    is_hugging_face,
-    make_tokenizer,
-    pieces,
-    train_bpe,
-)
+from data.hugging_face import hf_tokenizer, is_hugging_face
+from data.source import pieces
+from data.tokenizer import AnyTokenizer, Tokenizer, gpt2_tokenizer, make_tokenizer, train_bpe
 
 __all__ = [
     "AnyTokenizer",

@@ -5,13 +5,15 @@ import http.client
 import os
 import tempfile
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 TIMEOUT_S = 30
 CHUNK_BYTES = 1 << 20
+PIECE_CHARS = 100_000
+SAMPLE_CHARS = 10_000_000
 
 
 def read_text(path: Path) -> str:
@@ -94,3 +96,34 @@ def _fetch(url: str, path: Path) -> None:
             while chunk := response.read(CHUNK_BYTES):
                 file.write(chunk)
                 bar.update(len(chunk))
+
+
+def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
+    """Cut `text` into pieces of at most `size` characters, if possible where the cut changes no token.
+
+    That is after a newline between two visible characters. Pieces let threads share one document, and keep a
+    run of a million spaces from overflowing the stack of tiktoken's regex engine.
+    """
+    start = 0
+    while len(text) - start > size:
+        cut = _last_lone_newline(text, start, start + size) or start + size
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def _last_lone_newline(text: str, start: int, end: int) -> int | None:
+    at = text.rfind("\n", start + 1, end)
+    while at > 0:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at + 1
+        at = text.rfind("\n", start + 1, at)
+    return None
+
+
+def sample(texts: Iterable[str], max_chars: int = SAMPLE_CHARS) -> list[str]:
+    """About `max_chars` characters of `texts`, in pieces spread evenly over all of them."""
+    parts = [piece for text in texts for piece in pieces(text)]
+    every = max(1, -(-sum(map(len, parts)) // max_chars))
+    return parts[::every]

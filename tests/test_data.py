@@ -34,8 +34,9 @@ from data.gsm8k import prepare as gsm8k
 from data.pairs import prepare as pairs
 from data.pysource import prepare as pysource
 from data.shakespeare import prepare as shakespeare
+from data.source import pieces, sample
 from data.textfile import prepare as textfile
-from data.tokenizer import END_OF_TEXT, choose_tokenizer, pieces, sample
+from data.tokenizer import END_OF_TEXT, choose_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -285,7 +286,7 @@ def test_documents_in_the_tokens_of_a_model(byte_fallback, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is not a tokenizer.json"),
         (lambda folder: (folder / "config.json").write_text("{}"), "names no end-of-text"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is damaged"),
@@ -308,11 +309,13 @@ def edit(folder, key, value):
 def test_no_network_and_no_package(byte_level, monkeypatch):
     """A name that the Hub does not give, and a missing package, are one line with the remedy."""
     hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *name: exec("raise ConnectionError('no route')"))
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda name, **files: exec("raise ConnectionError('no route')")
+    )
     with pytest.raises(ValueError, match=r"nobody/nothing is no folder.*\(ConnectionError\)"):
         choose_tokenizer("nobody/nothing", [], 300, "x")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r"need tokenizers: pip install -r requirements-hf.txt"):
+    with pytest.raises(ValueError, match=r"needs tokenizers: pip install -r requirements-hf.txt"):
         hf_tokenizer(byte_level)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import model as code
+from data import hugging_face
 from model import MoEConfig, MoEGPT, pretrained_config
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -300,7 +300,7 @@ def test_memory_stays_near_the_weights(tmp_path):
     sizes = {"n_layer": 6, "n_embd": 512, "n_expert": 24, "n_hidden": 512, "qk_norm": "full"}
     MoEGPT(MoEConfig(vocab_size=96, **sizes)).cast(torch.bfloat16).save_pretrained(tmp_path / "hf")
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "hf"), str(tmp_path / "again")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(code.__file__).parent)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr
     for line in run.stdout.splitlines():
         weights, peak = map(int, line.split())
@@ -447,7 +447,7 @@ def test_saved_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(code, "write_tensors", fail)
+    monkeypatch.setattr(hugging_face, "write_tensors", fail)
     with pytest.raises(OSError):
         ours.save_pretrained(tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -21,8 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import bad_input_exits, parse
 from data import train_bpe, write_dataset
-from data.source import digest, name_hash, print_summary, read_text
-from data.tokenizer import sample
+from data.source import digest, name_hash, print_summary, read_text, sample
 
 FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "numpy", "sympy")

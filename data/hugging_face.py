@@ -1,0 +1,430 @@
+"""Models of the Hugging Face Hub: their tokenizers and their checkpoints.
+
+The way in to checkpoints is MoEGPT.from_pretrained and save_pretrained. What model.py calls its settings and
+weights is known here from tables alone: a config is a dictionary, and weights are named tensors.
+"""
+
+import functools
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import require
+from data.source import pieces
+
+# -------------------- what is on the Hub ------------------------------------------------------------------
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a model: OWNER/MODEL
+
+
+def is_hugging_face(name_or_path: str) -> bool:
+    """Whether this is a Hugging Face folder, or is no path and may be the name of a model on the Hub."""
+    path = Path(name_or_path)
+    is_name = HUB_NAME.fullmatch(name_or_path) and not path.exists() and not path.parent.exists()
+    return bool(is_name) or (path / "config.json").is_file()
+
+
+def optional(package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        remedy = "pip install -r requirements-hf.txt"
+        raise ValueError(f"a Hugging Face model needs {package}: {remedy}") from None
+
+
+def hf_folder(name_or_path: str | Path, files: str | list[str]) -> Path:
+    """The folder of that name, or else one with these files of the model of that name on the Hub."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    hub = optional("huggingface_hub")
+    optional("huggingface_hub.utils").logging.set_verbosity_error()  # one line is enough, below
+    try:
+        return Path(hub.snapshot_download(str(name_or_path), allow_patterns=files))
+    except Exception as error:  # the library's errors are many, and long
+        raise ValueError(
+            f"{name_or_path} is no folder here, and could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}): check the name and the network, or give the folder of a copy"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: give a Hugging Face model that has it") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+
+
+# -------------------- tokenizers --------------------------------------------------------------------------
+
+
+class HFTokenizer:
+    """The tokenizer of a pretrained model, run by the `tokenizers` library; used like Tokenizer.
+
+    `meta`: kind "hf", name, json (the text of tokenizer.json), eot (the id of end-of-text). Byte-level BPE
+    (GPT-2, OLMoE, Qwen), or BPE of characters that falls back to bytes (Mixtral), where a text comes back
+    with the space before it that the tokenizer puts there. Special tokens in a text are ordinary text, as in
+    Tokenizer. ValueError if `meta` is not such a dictionary, or the tokenizer is of another kind.
+    """
+
+    def __init__(self, meta: dict):
+        tokenizers = optional("tokenizers")
+        try:
+            self.meta, self.name, self.eot = meta, meta["name"], meta["eot"]
+            decoder = json.dumps(json.loads(meta["json"])["decoder"])
+            self._encoding = tokenizers.Tokenizer.from_str(meta["json"])
+        except Exception as err:  # the library raises a bare Exception
+            raise ValueError(f"this is not a tokenizer.json: {type(err).__name__} {err}") from err
+        to_bytes = next((read for kind, read in TOKEN_BYTES.items() if f'"{kind}"' in decoder), None)
+        if to_bytes is None:
+            known = " or ".join(TOKEN_BYTES)
+            raise ValueError(f"the tokenizer of {self.name} has no decoder of the kind {known}")
+        self._encoding.no_truncation()
+        self._encoding.no_padding()
+        self._encoding.encode_special_tokens = True  # as ordinary text
+        added = self._encoding.get_added_tokens_decoder()
+        self._special = {i for i, token in added.items() if token.special}
+        tokens = {i: to_bytes(token) for token, i in self._encoding.get_vocab(False).items()}
+        self._tokens = tokens | {i: token.content.encode() for i, token in added.items()}
+        self.vocab_size = max(self._tokens) + 1
+        around = self._encoding.encode("a")
+        self.start = tuple(around.ids[: around.special_tokens_mask.index(0)])  # by its own post-processor
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, after those that the tokenizer puts before every text (Mixtral's <s>, none else)."""
+        return [*self.start, *self.encode_array(text).tolist()]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Ids of `text` alone, as an array (n,) uint32. Other threads can run meanwhile."""
+        encode = functools.partial(self._encoding.encode, add_special_tokens=False)
+        return np.array([i for piece in pieces(text) for i in encode(piece).ids], np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; bytes that are not UTF-8 become the replacement character."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of the ids, special tokens written out, U+FFFD for ids that only pad a model's embedding."""
+        return b"".join(self._tokens.get(int(i), b"\xef\xbf\xbd") for i in ids)
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: bytes of text each token stands for, 0 for special tokens."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for i, token in self._tokens.items():
+            lengths[i] = 0 if i in self._special or i == self.eot else len(token)
+        return lengths
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of tokenizer.json and the end-of-text id: wherever they were found."""
+        return hashlib.sha256(f"{self.eot} {self.meta['json']}".encode()).hexdigest()
+
+
+def _byte_level(token: str) -> bytes:
+    known = BYTE_OF_CHAR.keys() >= set(token)  # tokens for special uses may be plain text
+    return bytes(BYTE_OF_CHAR[char] for char in token) if known else token.encode()
+
+
+def _byte_fallback(token: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode()
+
+
+# GPT-2 writes bytes as characters: visible ones of Latin-1 as themselves, the others as those from 256 on
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _VISIBLE]
+BYTE_OF_CHAR = {chr(b): b for b in _VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+TOKEN_BYTES = {"ByteLevel": _byte_level, "ByteFallback": _byte_fallback}  # by a decoder in tokenizer.json
+
+
+def hf_tokenizer(name_or_path: str) -> HFTokenizer:
+    """The tokenizer of a Hugging Face folder, or of a model on the Hub. ValueError if it cannot be had."""
+    folder = hf_folder(name_or_path, ["tokenizer.json", "tokenizer_config.json", "config.json"])
+    path = folder / "tokenizer.json"
+    added = {token["content"]: token["id"] for token in read_json(path).get("added_tokens", [])}
+    eot = end_of_text(folder, added)
+    if eot is None:
+        raise ValueError(f"{name_or_path} names no end-of-text: its tokenizer_config.json needs an eos_token")
+    text = path.read_text(encoding="utf-8")
+    return HFTokenizer({"kind": "hf", "name": name_or_path, "json": text, "eot": eot})
+
+
+def end_of_text(folder: Path, added: dict[str, int]) -> int | None:
+    """The id of eos_token in tokenizer_config.json, or else eos_token_id (the first) in config.json."""
+    paths = [folder / "config.json", folder / "tokenizer_config.json"]
+    said = functools.reduce(dict.__or__, (read_json(path) for path in paths if path.is_file()), {})
+    token, eot = said.get("eos_token"), said.get("eos_token_id")
+    token = token["content"] if isinstance(token, dict) else token
+    return added.get(token, eot[0] if isinstance(eot, list) else eot)
+
+
+# -------------------- checkpoints -------------------------------------------------------------------------
+
+# Keys of config.json and the fields of MoEConfig that they set, as far as families agree.
+KEYS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "block_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "hidden_size": "n_embd",
+    "num_experts_per_tok": "k",
+    "tie_word_embeddings": "tie_embeddings",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "norm_eps",
+}
+MOE_KEYS = KEYS | {"num_experts": "n_expert", "norm_topk_prob": "norm_topk"}
+QWEN_KEYS = MOE_KEYS | {
+    "moe_intermediate_size": "n_hidden",
+    "intermediate_size": "dense_hidden",
+    "n_dense_layer": "n_dense_layer",
+}
+IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False}
+# What a config.json must say, unless it says nothing, of what MoEConfig has no field for.
+USUAL = {
+    "hidden_act": "silu",
+    "rope_type": "default",
+    "attention_bias": False,
+    "clip_qkv": None,
+    "sliding_window": None,
+    "decoder_sparse_step": 1,
+    "quant_method": None,
+}
+# Parameters here, and the tensors of a file that lie in them, one below the other.
+NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.qkv.weight": "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
+    "attention.qkv.bias": "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias",
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "attention.out.weight": "self_attn.o_proj.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate.weight",
+    "mlp.w_in": "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
+    "mlp.w_out": "mlp.experts.{}.down_proj.weight",
+    "mlp.shared.w_in.weight": "mlp.shared_expert.gate_proj.weight mlp.shared_expert.up_proj.weight",
+    "mlp.shared.w_out.weight": "mlp.shared_expert.down_proj.weight",
+    "mlp.shared_gate.weight": "mlp.shared_expert_gate.weight",
+    "mlp.w_in.weight": "mlp.gate_proj.weight mlp.up_proj.weight",
+    "mlp.w_out.weight": "mlp.down_proj.weight",
+}
+MIXTRAL_NAMES = NAMES | {
+    "mlp.gate.weight": "block_sparse_moe.gate.weight",
+    "mlp.w_in": "block_sparse_moe.experts.{}.w1.weight block_sparse_moe.experts.{}.w3.weight",
+    "mlp.w_out": "block_sparse_moe.experts.{}.w2.weight",
+}
+
+
+class Family(NamedTuple):
+    """How one architecture of transformers says what MoEConfig and MoEGPT say."""
+
+    keys: dict[str, str]
+    implied: dict[str, object]  # fields that config.json may leave out or has no key for
+    names: dict[str, str] = NAMES
+
+
+FAMILIES = {
+    "olmoe": Family(
+        MOE_KEYS | {"intermediate_size": "n_hidden"}, IMPLIED | {"qk_norm": "full", "norm_eps": 1e-5}
+    ),
+    "qwen2_moe": Family(
+        QWEN_KEYS | {"shared_expert_intermediate_size": "shared_hidden", "qkv_bias": "qkv_bias"},
+        IMPLIED | {"shared_gate": True, "qkv_bias": True, "norm_eps": 1e-6},
+    ),
+    "qwen3_moe": Family(
+        QWEN_KEYS | {"head_dim": "head_width"},
+        IMPLIED | {"qk_norm": "head", "head_width": None, "norm_eps": 1e-6},
+    ),
+    "mixtral": Family(
+        KEYS | {"num_local_experts": "n_expert", "intermediate_size": "n_hidden", "head_dim": "head_width"},
+        IMPLIED | {"norm_topk": True, "head_width": None, "rope_theta": 1e6, "norm_eps": 1e-5},
+        MIXTRAL_NAMES,
+    ),
+}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a file may have
+
+
+def read_settings(name_or_path: str | Path) -> tuple[dict, str]:
+    """What a checkpoint's config.json says: settings of MoEConfig, and which of FAMILIES it is.
+
+    Raises ValueError for what model.py cannot express.
+    """
+    folder, where = hf_folder(name_or_path, "config.json"), "in config.json"
+    said = plain_config(read_json(folder / "config.json"))
+    kind = said.get("model_type")
+    require(kind in FAMILIES, f"model_type {where}", kind, "one of " + ", ".join(FAMILIES))
+    for key, usual in USUAL.items():
+        require(said.get(key, usual) == usual, f"{key} {where}", said.get(key), f"{usual}")
+    family = FAMILIES[kind]
+    settings = family.implied | {field: said[key] for key, field in family.keys.items() if key in said}
+    for key, field in family.keys.items():
+        require(field in settings, f"{key} {where}", "missing", "given")
+    require(settings["n_expert"] >= 2, f"num_experts {where}", settings["n_expert"], "at least 2")
+    return settings | {"router": "topk"}, kind
+
+
+def plain_config(said: dict) -> dict:
+    """A config.json, without its nulls, in the words of KEYS and USUAL, whichever release wrote it."""
+    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    dense = said.get("mlp_only_layers") or []
+    first = sorted(dense) == list(range(len(dense)))
+    require(first, "mlp_only_layers in config.json", dense, "the first layers")
+    plain = said | (said.get("quantization_config") or {}) | rope
+    plain["rope_type"] = rope.get("rope_type", rope.get("type"))
+    plain["num_experts"] = plain["num_local_experts"] = said.get("num_experts", said.get("num_local_experts"))
+    plain["n_dense_layer"] = len(dense)
+    if not said.get("use_sliding_window", True):
+        plain["sliding_window"] = None
+    return {key: value for key, value in plain.items() if value is not None}
+
+
+def file_views(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's files: its name there, and the view of the weights here that it is."""
+    views, names = {}, FAMILIES[kind].names
+    q_rows = weights["blocks.0.attention.out.weight"].shape[1]
+    for name, weight in weights.items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        prefix = f"model.layers.{block[1]}." if block else ""
+        theirs = names[name.removeprefix(block[0]) if block else name].split()
+        weight = weight.detach()
+        for expert, matrix in enumerate(weight.mT if weight.dim() == 3 else [weight]):
+            kv_rows = (len(matrix) - q_rows) // 2
+            rows = [q_rows, kv_rows, kv_rows] if len(theirs) == 3 else len(matrix) // len(theirs)
+            for their, part in zip(theirs, matrix.split(rows)):
+                views[prefix + their.format(expert)] = part
+    return views
+
+
+def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
+    """Every tensor of a checkpoint that has elements: the file that it is in, and itself on the meta device.
+
+    Raises ValueError for a file that is missing or damaged, and for a dtype that is not one of DTYPES.
+    """
+    safetensors, paths, outlines = optional("safetensors"), {}, {}
+    index = folder / "model.safetensors.index.json"
+    shards = read_json(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
+    for path in sorted({folder / shard for shard in shards}):
+        if not path.is_file():
+            remedy = "fetch it, or, if the folder has .bin files, save it anew with transformers"
+            raise ValueError(f"{path.name} is missing in {folder}: {remedy}")
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                found = {name: outline(file, name) for name in file.offset_keys()}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+        found = {name: tensor for name, tensor in found.items() if tensor.numel()}
+        outlines, paths = outlines | found, paths | dict.fromkeys(found, path)
+    return paths, outlines
+
+
+def outline(file, name: str) -> Tensor:
+    """A tensor of an open safetensors file on the meta device."""
+    stored = file.get_slice(name)
+    dtype = stored.get_dtype()
+    require(dtype in DTYPES, f"the dtype of {name}", dtype, "one of " + ", ".join(DTYPES))
+    return torch.empty(stored.get_shape(), dtype=DTYPES[dtype], device="meta")
+
+
+def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
+    """Read the tensors of file_tensors into the views of file_views.
+
+    A file stays open for 16 tensors: until it is closed, the pages that were read count as memory.
+    """
+    opened = None
+    bar = tqdm(paths.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
+    for number, (name, path) in enumerate(bar):
+        if number % 16 == 0 or path != opened:
+            file, opened = optional("safetensors").safe_open(path, "pt"), path
+        views[name].copy_(file.get_tensor(name))
+
+
+def family_of(config: dict, defaults: dict, free: Iterable[str]) -> str:
+    """The first of FAMILIES that can express a config, whatever it says of the settings `free`.
+
+    defaults: what MoEConfig has where nothing is said. Raises ValueError naming a field that no family can
+    express.
+    """
+    require(
+        config["n_expert"] >= 2, "n_expert", config["n_expert"], "at least 2 to be saved for transformers"
+    )
+    unlike = {}
+    for kind, family in FAMILIES.items():
+        said = {*family.keys.values(), *free}
+        always = {field: value for field, value in (defaults | family.implied).items() if field not in said}
+        unlike[kind] = {field: value for field, value in always.items() if config[field] != value}
+    nearest = min(unlike, key=lambda kind: len(unlike[kind]))
+    for field, value in unlike[nearest].items():
+        allowed = f"{value} to be saved as {nearest}, the nearest family"
+        require(False, field, config[field], allowed)
+    return nearest
+
+
+def write_checkpoint(
+    path: Path, kind: str, settings: dict, weights: dict[str, Tensor], tokenizer: dict, shard_bytes: int
+) -> None:
+    """Write a new folder that transformers opens, whole or not at all.
+
+    settings: of MoEConfig, with a number for each width; tokenizer: its meta, or {}.
+    """
+    require(not path.exists(), "path", path, "the name of a new folder")
+    dtype, temporary = weights["embedding.weight"].dtype, path.with_name(path.name + ".tmp")
+    temporary.mkdir(parents=True)
+    try:
+        said = config_json(settings, kind, dtype, tokenizer.get("eot"))
+        (temporary / "config.json").write_text(json.dumps(said, indent=2))
+        if tokenizer.get("kind") == "hf":
+            (temporary / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
+        write_tensors(temporary, file_views(weights, kind), shard_bytes)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def config_json(settings: dict, kind: str, dtype: torch.dtype, eot: int | None) -> dict:
+    """What config.json says of a config, in words that old and new releases of transformers read."""
+    said = {key: settings[field] for key, field in FAMILIES[kind].keys.items()}
+    return said | {
+        "model_type": kind,
+        "architectures": ["".join(word.capitalize() for word in kind.split("_")) + "ForCausalLM"],
+        "mlp_only_layers": list(range(said.pop("n_dense_layer", 0))),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": None,
+        "eos_token_id": eot,
+        "pad_token_id": None,
+    }
+
+
+def write_tensors(folder: Path, views: dict[str, Tensor], shard_bytes: int) -> None:
+    """Write tensors into files of about shard_bytes each, and an index if they are several."""
+    save_file, contiguous = optional("safetensors.torch").save_file, torch.contiguous_format
+    shards, total = {}, 0
+    for name, tensor in views.items():
+        shards.setdefault(total // shard_bytes, []).append(name)
+        total += tensor.nbytes
+    places = {}
+    for number, names in enumerate(shards.values(), start=1):
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"model{part}.safetensors"
+        copies = (views[name].cpu().clone(memory_format=contiguous) for name in names)
+        save_file(dict(zip(names, copies, strict=True)), folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
