@@ -37,9 +37,9 @@ from runs import (
 import data
 import train
 from config import parse
-from model import MoEConfig, MoEGPT, load_checkpoint, routing_summary, save_checkpoint
-from router import ROUTERS
-from train import TrainConfig
+from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
+from router import ROUTERS, Routing
+from train import TrainConfig, routing_summary
 
 ESTIMATE = train.estimate  # most tests do without, for the forwards that they count
 RECORDED = json.loads((ROOT / "tests" / "recorded_losses.json").read_text())
@@ -417,43 +417,30 @@ def test_bias_by_hand(start, seen):
     torch.testing.assert_close(torch.stack([model[f"blocks.{n}.mlp.bias"] for n in range(2)]), bias)
 
 
-def kth_by_hand(routing, rank):
-    """The rank-th largest score of each expert in each layer (L, E)."""
-    scores = torch.stack([layer.scores.flatten(0, 1) for layer in routing])
-    return scores.sort(dim=1, descending=True).values[:, rank - 1]
+LEARNING = {
+    "expert_threshold": {"score_fn": "sigmoid", **WARM_UP},
+    "remoe": {"score_fn": "relu", "k": 1, "first_router": "top_p", "mass": 0.9, "first_iters": 1},
+}
 
 
-@pytest.mark.parametrize("first, then", [("expert_choice", "expert_threshold"), ("expert_threshold", "topk")])
-def test_cutoffs_by_hand(start, seen, first, then):
-    """Each iteration moves a cutoff towards the score at which its expert would have taken its share of each
-    micro-batch, from the first on, whichever router routes."""
-    settings = {"first_router": first, "first_iters": 2, "router": then, "score_fn": "sigmoid"}
-    folder = start(gradient_accumulation_steps=2, max_iters=3, **settings)
-    cutoff = torch.ones(2, 4)
-    for step in range(3):
-        a, b = (kth_by_hand(call.stats.routing, 4 * 32 * 2 // 4) for call in seen[2 * step : 2 * step + 2])
-        cutoff = cutoff + 10 / (step + 10) * ((a + b) / 2 - cutoff)
-    model = load_checkpoint(folder / "last.pt")["model"]
-    torch.testing.assert_close(torch.stack([1 - model[f"blocks.{n}.mlp.bias"] for n in range(2)]), cutoff)
-    exact = [ROUTERS[router].exact for router in (first, first, then) for _ in range(2)]
-    assert [call.stats.load.sum().item() == 2 * 4 * 32 * 2 for call in seen] == exact
-
-
-@pytest.mark.parametrize("k", [1, 3])
-def test_the_weight_of_remoes_loss_by_hand(start, seen, k):
-    """It is 1.2 times what it was after each iteration under remoe that spent more than k per token, a 1.2th
-    after others, and never less than at first. A run that begins from the checkpoint goes on with it."""
-    warm_up = {"first_router": "top_p", "mass": 0.9, "first_iters": 1}
-    settings = {"router": "remoe", "score_fn": "relu", "gradient_accumulation_steps": 2, "k": k}
-    begun = start("begun", **settings, **warm_up, max_iters=4)
-    tuned = start("tuned", **settings, init_from=begun / "last.pt", max_iters=1)
-    coef, coefs = 1e-8, []
-    for first, second in zip(seen[2::2], seen[3::2]):
-        spent = (first.stats.load + second.stats.load).sum().item()
-        coef = max(1e-8, coef * (1.2 if spent > 2 * 2 * 4 * 32 * k else 1 / 1.2))
-        coefs.append(coef)
-    kept = [load_checkpoint(folder / "last.pt")["l1_coef"].item() for folder in (begun, tuned)]
-    assert kept == pytest.approx(coefs[2:], rel=1e-5)
+@pytest.mark.parametrize("router", LEARNING)
+def test_what_a_router_learns_by_hand(start, seen, router):
+    """Each iteration makes one update of the state of all layers, from its micro-batches together, whichever
+    router routes; a run that begins from the checkpoint goes on with it."""
+    begun = start(router=router, gradient_accumulation_steps=2, max_iters=4, **LEARNING[router]) / "last.pt"
+    start("tuned", router=router, init_from=begun, max_iters=1, **LEARNING[router])
+    last = load_checkpoint(begun)
+    row, config = ROUTERS[router], MoEConfig(**last["config"])
+    state = {name: torch.stack([tensor] * 2) for name, tensor in row.state(config).items()}
+    for step in range(4):
+        calls = seen[2 * step : 2 * step + 2]
+        for name, tensor in state.items():
+            layers = [calls[0].weights[f"blocks.{n}.mlp.state.{name}"] for n in range(2)]
+            assert_same(torch.stack(layers), tensor)
+        micro = [Routing(*map(torch.stack, zip(*call.stats.routing))) for call in calls]
+        routing = Routing(*(torch.cat(parts, dim=1).detach() for parts in zip(*micro)))  # (L, 2*B, T, E)
+        state = row.update(state, routing, config)
+    assert_same(seen[8].weights, last["model"])
 
 
 def test_losses_of_routers_by_hand(make_run):
@@ -461,7 +448,9 @@ def test_losses_of_routers_by_hand(make_run):
     remoe = {"router": "remoe", "score_fn": "relu"}
     for settings in (remoe | {"entropy_coef": 0.5}, {}, remoe | {"first_router": "topk", "first_iters": 1}):
         run = make_run(**settings, balance_coef=0, z_coef=0)
-        run.l1_coef = torch.tensor(0.25)
+        for layer in run.model.expert_layers():
+            for coef in layer.router_state().values():
+                coef.fill_(0.25)
         total, loss, stats = train.losses(run, *train.batch(run, 0))
         scores = torch.stack([layer.scores for layer in stats.routing])  # (L, B, T, E)
         share = scores / scores.sum(-1, keepdim=True).clamp(min=1e-9)
