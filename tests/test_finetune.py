@@ -5,21 +5,19 @@ import importlib.util
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import ROOT, SHAPE, assert_same, error_line, flags
 
 import bench
 import data
 import train
-from config import bad_input_exits
 from data.gsm8k import prepare as gsm8k
-from model import Chunk, MoEGPT, load_checkpoint
+from model import Chunk, MoE, MoEGPT, load_checkpoint
 from train import RoundingAdamW, TrainConfig, round_at_random
 
-ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 HF = all(map(importlib.util.find_spec, ("transformers", "safetensors", "tokenizers")))
 needs_hf = pytest.mark.skipif(not HF, reason="needs requirements-hf.txt")
@@ -46,20 +44,6 @@ TRAIN = {
 }
 
 
-def flags(**settings):
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def fails(capsys, main, *argv):
-    """The one line on stderr with which a script ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop, bad_input_exits():
-        main([*argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    return err
-
-
 # -------- the optimiser
 
 
@@ -77,35 +61,44 @@ def test_rounding_is_unbiased():
     assert torch.equal(round_at_random(exact.float(), draw), exact)
 
 
-def groups(dtype, count=2):
-    generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(40, 50, generator=generator).to(dtype).requires_grad_() for _ in range(count)]
-    return weights, grouped(weights)
+ADAMW = {"lr": 0.01, "betas": (0.8, 0.9)}
 
 
-def grouped(weights):
-    return [{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.0}]
-
-
-def descend(optimizer, weights, steps, start=0):
-    """Follow gradients that depend on the weights and on the number of the step."""
-    for step in range(start, start + steps):
+def descend(kind, weights, steps, state=None, **options):
+    """Optimise (40, 50) weights by gradients that depend on them and on the number of the step."""
+    first, second = ({"params": [w], "weight_decay": d} for w, d in zip(weights, (0.1, 0.0)))
+    optimizer = kind([first, second], **ADAMW, **options)
+    if state:
+        optimizer.load_state_dict(state)
+    for step in steps:
         for place, weight in enumerate(weights):
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(10 * step + place))
             weight.grad = (weight.detach().float() + noise).to(weight.dtype)
         optimizer.step()
+    return optimizer.state_dict()
+
+
+def two_weights(dtype):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(40, 50, generator=generator).to(dtype).requires_grad_() for _ in range(2)]
 
 
 def test_in_float32_it_is_torchs_adamw(monkeypatch):
     """Float32 weights follow torch's AdamW, in pieces or not, with weight decay and without."""
     monkeypatch.setattr(RoundingAdamW, "PIECE", 700)
-    options = {"lr": 0.01, "betas": (0.8, 0.9)}
-    ours, our_groups = groups(torch.float32)
-    theirs, their_groups = groups(torch.float32)
-    descend(RoundingAdamW(our_groups, **options, seed=1), ours, 20)
-    descend(torch.optim.AdamW(their_groups, **options), theirs, 20)
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    ours, theirs = two_weights(torch.float32), two_weights(torch.float32)
+    descend(RoundingAdamW, ours, range(20), seed=1)
+    descend(torch.optim.AdamW, theirs, range(20))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_its_state_resumes_to_the_last_bit():
+    """Stopped after 3 steps, saved, loaded and continued, bfloat16 weights are those of 6 steps."""
+    straight, stopped = two_weights(torch.bfloat16), two_weights(torch.bfloat16)
+    descend(RoundingAdamW, straight, range(6), seed=1)
+    state = descend(RoundingAdamW, stopped, range(3), seed=1)
+    descend(RoundingAdamW, stopped, range(3, 6), state, seed=2)
+    assert_same(straight, stopped)
 
 
 def test_small_updates_add_up():
@@ -121,61 +114,28 @@ def test_small_updates_add_up():
     assert moved == pytest.approx(200 * 1e-5, rel=0.05)
 
 
-def test_its_state_resumes_to_the_last_bit():
-    """Stopped after 3 steps, saved, loaded and continued, bfloat16 weights are those of 6 steps."""
-    options = {"lr": 0.01, "betas": (0.8, 0.9)}
-    straight, straight_groups = groups(torch.bfloat16)
-    descend(RoundingAdamW(straight_groups, **options, seed=1), straight, 6)
-    stopped, stopped_groups = groups(torch.bfloat16)
-    first = RoundingAdamW(stopped_groups, **options, seed=1)
-    descend(first, stopped, 3)
-    resumed = [weight.detach().clone().requires_grad_() for weight in stopped]
-    second = RoundingAdamW(grouped(resumed), **options, seed=2)
-    second.load_state_dict(first.state_dict())
-    descend(second, resumed, 3, start=3)
-    for a, b in zip(straight, resumed):
-        assert torch.equal(a, b)
-
-
 # -------- what learns, and what is computed again
 
 
 def tiny(**settings):
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_expert": 4, "k": 2, "n_hidden": 16, "vocab_size": 50}
-    return TrainConfig(**shape | {"router": "seqtopk", "block_size": 16} | settings)
+    return TrainConfig(**SHAPE | {"vocab_size": 50, "router": "seqtopk", "block_size": 16} | settings)
 
 
 @pytest.mark.parametrize("router", ["seqtopk", "online_seqtopk"])
-def test_blocks_computed_again_change_nothing(router):
-    """Loss and every gradient are the same to the last bit, with recomputed blocks and without."""
-    torch.manual_seed(0)
-    idx = torch.randint(50, (3, 17))
-    results = []
+def test_blocks_computed_again_change_nothing(router, monkeypatch):
+    """With checkpoint_activations each block runs again going backward, so that nothing was kept; loss and
+    every gradient are the same to the last bit."""
+    results, runs, select = [], [], MoE.select
+    monkeypatch.setattr(MoE, "select", lambda *args: runs.append(1) or select(*args))
+    idx = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(0))
     for again in (False, True):
         torch.manual_seed(1)
         model = train.make_model(tiny(checkpoint_activations=again, router=router), None)
         _, loss, stats = model(idx[:, :-1], idx[:, 1:])
         (loss + 0.01 * stats.balance_loss + 0.001 * stats.z_loss).backward()
-        results.append([loss, *(parameter.grad for parameter in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_a_recomputed_block_runs_twice(monkeypatch):
-    """With checkpoint_activations each block runs again in the backward pass, so that nothing was kept."""
-    model, runs = train.make_model(tiny(checkpoint_activations=True), None), []
-    gate = model.blocks[0].mlp.gate
-    monkeypatch.setattr(type(model.blocks[0].mlp), "select", counting(type(model.blocks[0].mlp).select, runs))
-    idx = torch.randint(50, (1, 16))
-    model(idx, idx)[1].backward()
-    assert len(runs) == 4 and gate.weight.grad is not None
-
-
-def counting(function, calls):
-    def counted(*args):
-        calls.append(1)
-        return function(*args)
-
-    return counted
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert_same(*results)
+    assert len(runs) == 2 + 4
 
 
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
@@ -276,15 +236,14 @@ def tuned(request, olmoe, dataset, tmp_path_factory):
 def test_a_pretrained_model_is_tuned(tuned, olmoe):
     """The loss starts at the pretrained model's; what is to learn has moved, and the rest has not."""
     settings, folder = tuned
+    gates_alone = settings.get("train_only") == "router"
     old, new = MoEGPT.from_pretrained(olmoe), MoEGPT.from_checkpoint(load_checkpoint(folder / "last.pt"))
     assert new.config == replace(old.config, router="seqtopk", block_size=64)
     for (name, a), b in zip(old.named_parameters(), new.parameters()):
-        may_move = settings.get("train_only") != "router" or ".gate." in name
-        b = b.to(a.dtype)
-        assert torch.allclose(a, b, atol=1e-3 if not may_move else 0.05), name
-        if ".gate." in name:
-            assert not torch.equal(a, b)
-    if settings.get("train_only") == "router":
+        atol = 1e-3 if gates_alone and ".gate." not in name else 0.05
+        assert torch.allclose(a, b.to(a.dtype), atol=atol), name
+        assert ".gate." not in name or not torch.equal(a, b)
+    if gates_alone:
         assert torch.equal(new.head.weight, old.head.weight.bfloat16().float())
 
 
@@ -295,23 +254,16 @@ def test_tuning_resumes_to_the_last_bit(tuned, tmp_path):
     train.main(flags(**settings | {"max_iters": 2, "lr_decay_iters": 3}, out_dir=tmp_path / "run"))
     train.main(flags(init_from="resume", out_dir=tmp_path / "run", max_iters=3))
     straight, resumed = (load_checkpoint(path / "last.pt") for path in (folder, tmp_path / "run"))
-    assert straight["optimizer"].keys() == resumed["optimizer"].keys()
-    for name in straight["model"]:
-        assert straight["model"][name].dtype == resumed["model"][name].dtype
-        assert torch.equal(straight["model"][name], resumed["model"][name]), name
-    for key, state in straight["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, resumed["optimizer"]["state"][key][name]), (key, name)
+    for part in ("model", "optimizer"):
+        assert_same(straight[part], resumed[part])
 
 
 @needs_hf
 def test_the_validation_loss_is_that_of_the_answers(olmoe, dataset):
     """Nats per learned token and bits per byte of the answers, as summed over windows one by one."""
-    config = TrainConfig(**TRAIN | {"init_from": str(olmoe), "dataset": str(dataset), "eval_windows": 99})
-    _, checkpoint = train.read_config(flags(init_from=olmoe, dataset=dataset))
-    config, opened = train.open_dataset(
-        replace(config, **checkpoint["config"] | {"block_size": 64}), checkpoint
-    )
+    settings = TRAIN | {"init_from": olmoe, "dataset": dataset, "eval_windows": 99}
+    config, checkpoint = train.read_config(flags(**settings))
+    config, opened = train.open_dataset(config, checkpoint)
     run = train.set_up(config, opened, checkpoint)
     nats, learned = 0.0, []
     for x, y in opened.val_batches(64, 1, 99):
@@ -335,6 +287,7 @@ def measure(capsys, *argv):
 
 
 @needs_hf
+@pytest.mark.parametrize("tuned", ["bfloat16"], indirect=True)
 @pytest.mark.parametrize("shots", [0, 2])
 def test_exact_match(tuned, dataset, capsys, shots, monkeypatch):
     """Answers are kept; a second start computes none again, and another router's are not taken for them."""
@@ -426,6 +379,7 @@ def test_the_prompt_is_that_of_training(dataset):
 
 
 @needs_hf
+@pytest.mark.parametrize("tuned", ["router"], indirect=True)
 @pytest.mark.parametrize("which", ["run", "folder"])
 def test_switch(tuned, olmoe, capsys, tmp_path, which):
     """A row for each K up to E and each router; under topk, the checkpoint's K gives the model's loss."""
@@ -464,35 +418,23 @@ def test_the_real_gsm8k(olmoe, tmp_path):
 
 
 @needs_hf
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ({"dataset": "gsm8k", "n_embd": 64}, "n_embd is 32 there and 64 here"),
-        ({"train_only": "experts"}, "train_only is experts, but must be all or router"),
-        ({"weights_dtype": "float16"}, "weights_dtype is float16, but must be float32 or bfloat16"),
-        ({"weights_dtype": "bfloat16", "dtype": "float32"}, "dtype is float32, but must be auto, bfloat16"),
-        ({"train_only": "router", "init_from": "scratch", "n_expert": 1, "k": 1}, "all in a dense model"),
-    ],
-)
-def test_bad_settings(olmoe, capsys, tmp_path, argv, words):
-    """One line each, that names the value and what is allowed."""
-    argv = {"init_from": olmoe, "out_dir": tmp_path / "run"} | argv
-    assert words in fails(capsys, train.main, *flags(**argv))
-
-
-@needs_hf
-def test_bad_checkpoints(olmoe, dataset, problems, capsys, tmp_path):
-    """Another tokenizer, none, or fewer embeddings than ids: one line each, with the remedy."""
+def test_what_cannot_be_tuned(olmoe, dataset, problems, capsys, tmp_path):
+    """Another width, tokenizer, or none: one line each, with what differs or the remedy."""
     gsm8k.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "bpe"))
-    argv = flags(init_from=olmoe, dataset=tmp_path / "bpe", out_dir=tmp_path / "run")
-    assert f"prepare.py --tokenizer={olmoe}" in fails(capsys, train.main, *argv)
     bare = shutil.copytree(olmoe, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in fails(capsys, train.main, *flags(init_from=bare, dataset=dataset))
-    assert "has no tokenizer.json" in fails(capsys, bench.main, "switch", f"--init_from={bare}", "--text=x")
+    for settings, words in (
+        ({"init_from": olmoe, "dataset": dataset, "n_embd": 64}, "n_embd is 32 there and 64 here"),
+        ({"init_from": olmoe, "dataset": tmp_path / "bpe"}, f"prepare.py --tokenizer={olmoe}"),
+        ({"init_from": bare, "dataset": dataset}, "has no tokenizer.json"),
+    ):
+        assert words in error_line(capsys, train.main, *flags(**settings, out_dir=tmp_path / "run"))
+    assert "has no tokenizer.json" in error_line(
+        capsys, bench.main, "switch", f"--init_from={bare}", "--text=x"
+    )
 
 
-def test_bad_files_for_the_benchmark(capsys, tmp_path):
+def test_what_cannot_be_measured(capsys, tmp_path):
     """switch without a text, gsm8k without a run: one line each."""
-    assert "text is None" in fails(capsys, bench.main, "switch", f"--init_from={tmp_path}")
-    assert "no checkpoint at" in fails(capsys, bench.main, "gsm8k", f"--out_dir={tmp_path}")
+    assert "text is None" in error_line(capsys, bench.main, "switch", f"--init_from={tmp_path}")
+    assert "no checkpoint at" in error_line(capsys, bench.main, "gsm8k", f"--out_dir={tmp_path}")
