@@ -5,16 +5,18 @@ import importlib.util
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import ROOT, SHAPE, assert_same, error_line, flags
 
-import bench
 import data
 import train
-from data.gsm8k import prepare as gsm8k
+from data.arithmetic.prepare import prompt_of
+from data.gsm8k import prepare
+from experiments import gsm8k, lab, solve, switch
 from model import Chunk, MoE, MoEGPT, load_checkpoint
 from train import RoundingAdamW, TrainConfig, round_at_random
 
@@ -214,7 +216,7 @@ def olmoe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dataset(problems, olmoe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gsm8k")
-    gsm8k.main(flags(source=problems, tokenizer=olmoe, out_dir=folder))
+    prepare.main(flags(source=problems, tokenizer=olmoe, out_dir=folder))
     return folder
 
 
@@ -278,12 +280,14 @@ def test_the_validation_loss_is_that_of_the_answers(olmoe, dataset):
     assert result["bpb"] == pytest.approx(nats / n_bytes / 0.693147, rel=1e-5)
 
 
-def measure(capsys, *argv):
+def measure(capsys, question, *argv):
+    """The rows of an experiment's answer."""
     with pytest.raises(SystemExit) as stop:
-        bench.main([*argv, "--device=cpu"])
+        lab.main(question.answer, question.Options, [*argv, "--device=cpu"])
     out = capsys.readouterr().out
     assert stop.value.code == 0, out
-    return json.loads(out.splitlines()[-1])["parts"]
+    [rows] = json.loads(out.splitlines()[-1])["parts"].values()
+    return rows
 
 
 @needs_hf
@@ -292,31 +296,31 @@ def measure(capsys, *argv):
 def test_exact_match(tuned, dataset, capsys, shots, monkeypatch):
     """Answers are kept; a second start computes none again, and another router's are not taken for them."""
     _, folder = tuned
-    monkeypatch.setattr(bench, "ANSWER_TOKENS", 12)
-    argv = ["gsm8k", *flags(init_from=folder, dataset=dataset, shots=shots, batch_size=2, problems=3)]
-    [row] = measure(capsys, *argv)["gsm8k"]
+    monkeypatch.setattr(gsm8k, "ANSWER_TOKENS", 12)
+    argv = [gsm8k, *flags(init_from=folder, dataset=dataset, shots=shots, batch_size=2, problems=3)]
+    [row] = measure(capsys, *argv)
     assert row["problems"] == 3 and row["exact match"][0] == 0
     kept = {path: path.read_text() for path in folder.glob(f"gsm8k-online_seqtopk-{shots}shot-*.jsonl")}
     assert len(kept) == 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "answer", None)
-        assert measure(capsys, *argv)["gsm8k"] == [row]
+        patch.setattr(solve, "answer", None)
+        assert measure(capsys, *argv) == [row]
     [(path, text)] = kept.items()
     path.write_text(text[:-9])  # as a crash may leave it
-    assert measure(capsys, *argv)["gsm8k"] == [row]
+    assert measure(capsys, *argv) == [row]
     measure(capsys, *argv, "--router=topk")
     assert len(list(folder.glob(f"gsm8k-*-{shots}shot-*.jsonl"))) == 2
 
 
 def test_right_answers_are_counted(problems, tmp_path, capsys, monkeypatch):
     """Exact match compares the first number after #### and before another question with the official one."""
-    gsm8k.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "data"))
+    prepare.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "data"))
     run = tmp_path / "run"
     train.main(flags(**TRAIN | {"max_iters": 1}, dataset=tmp_path / "data", out_dir=run))
-    right = {bench.prompt_of(p["question"]): p["answer"] for p in PROBLEMS}
-    tested = bench.read_test(tmp_path / "data" / "test.jsonl")
-    wrong = bench.prompt_of(tested[0].prompt)
+    right = {prompt_of(p["question"]): p["answer"] for p in PROBLEMS}
+    tested = gsm8k.read_test(tmp_path / "data" / "test.jsonl")
+    wrong = prompt_of(tested[0].prompt)
 
     def answer(model, tokenizer, prompts, room, router):
         answers = [f" {right[prompt]}\n#### 7" for prompt in prompts]
@@ -324,11 +328,11 @@ def test_right_answers_are_counted(problems, tmp_path, capsys, monkeypatch):
             answers[prompts.index(wrong)] = f" #### $1\n\nQuestion: And?\nAnswer: {right[wrong]}"
         return [(text, 2.0) for text in answers]
 
-    monkeypatch.setattr(bench, "answer", answer)
-    [row] = measure(capsys, "gsm8k", *flags(out_dir=run, dataset=tmp_path / "data"))["gsm8k"]
+    monkeypatch.setattr(solve, "answer", answer)
+    [row] = measure(capsys, gsm8k, *flags(init_from=run, dataset=tmp_path / "data"))
     assert row["problems"] == len(tested) > 1 and row["experts per token"] == 2
     assert row["exact match"][0] == pytest.approx(1 - 1 / len(tested), rel=1e-4)
-    [row] = measure(capsys, "gsm8k", *flags(out_dir=run, dataset=tmp_path / "data", k=3))["gsm8k"]
+    [row] = measure(capsys, gsm8k, *flags(init_from=run, dataset=tmp_path / "data", k=3))
     assert ", K=3, " in row["what"] and len(list(run.glob("gsm8k-*.jsonl"))) == 2
 
 
@@ -337,11 +341,11 @@ def test_what_was_learned_is_solved(tmp_path, capsys):
     source = tmp_path / "few.jsonl"
     source.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS[::3]))
     folder, run = tmp_path / "data", tmp_path / "run"
-    gsm8k.main(flags(source=source, test_source=source, tokenizer="bpe", vocab_size=300, out_dir=folder))
+    prepare.main(flags(source=source, test_source=source, tokenizer="bpe", vocab_size=300, out_dir=folder))
     settings = {"max_iters": 120, "eval_interval": 120, "batch_size": 8, "block_size": 96, "n_layer": 2}
     settings |= {"learning_rate": 4e-3, "warmup_iters": 10, "eval_windows": 1, "sample_tokens": 0}
     train.main(flags(**TRAIN | settings, dataset=folder, out_dir=run))
-    [row] = measure(capsys, "gsm8k", *flags(init_from=run / "last.pt", dataset=folder))["gsm8k"]
+    [row] = measure(capsys, gsm8k, *flags(init_from=run / "last.pt", dataset=folder))
     assert row["problems"] == 24 and row["exact match"][0] > 0.7
 
 
@@ -359,22 +363,22 @@ def test_generation_ends_after_the_final_answers():
 
     head = SimpleNamespace(weight=torch.zeros(1))
     model = SimpleNamespace(head=head, new_cache=lambda *size: None, generate=generate)
-    (first, mean), (second, _) = bench.answer(model, tokenizer, ["ab", "a"], 150, None)
-    assert first.startswith("a #### 12\nQ") and len(first) <= 2 * bench.CHECK_EVERY and second == "#### 1"
+    (first, mean), (second, _) = solve.answer(model, tokenizer, ["ab", "a"], 150, None)
+    assert first.startswith("a #### 12\nQ") and len(first) <= 2 * solve.CHECK_EVERY and second == "#### 1"
     assert mean == pytest.approx((2 + 3 * len(first)) / (2 + len(first)))
 
 
 @needs_hf
 def test_the_prompt_is_that_of_training(dataset):
-    """What bench.py gives a model comes before the first learned token; examples are whole problems."""
+    """What the experiment gives a model comes before the first learned token; examples are whole problems."""
     opened = data.load(str(dataset))
     x, y = opened.train_batch(0, 1, 64, 1)
     first = int((y[0] >= 0).nonzero()[0])
     text = opened.tokenizer.decode(x[0, : first + 1].tolist())
     question = text.removeprefix("Question: ").removesuffix("\nAnswer:")
-    assert text == bench.prompt_of(question) and question in [p["question"] for p in PROBLEMS]
-    shots = bench.examples(opened, 2).split("\n\n")
-    documents = [f"{bench.prompt_of(p['question'])} {p['answer']}" for p in PROBLEMS]
+    assert text == prompt_of(question) and question in [p["question"] for p in PROBLEMS]
+    shots = gsm8k.examples(opened, 2).split("\n\n")
+    documents = [f"{prompt_of(p['question'])} {p['answer']}" for p in PROBLEMS]
     assert len(shots) == 3 and set(shots[:2]) <= set(documents) and shots[2] == ""
 
 
@@ -385,7 +389,7 @@ def test_switch(tuned, olmoe, capsys, tmp_path, which):
     """A row for each K up to E and each router; under topk, the checkpoint's K gives the model's loss."""
     (tmp_path / "text.txt").write_text("".join(p["question"] for p in PROBLEMS[:8]))
     argv = flags(init_from=tuned[1] if which == "run" else olmoe, text=tmp_path / "text.txt", tokens=32)
-    rows = measure(capsys, "switch", *argv, "--dtype=float32")["switch"]
+    rows = measure(capsys, switch, *argv, "--dtype=float32")
     assert [row["what"].split(", ")[1] for row in rows[::3]] == ["K=8", "K=4", "K=2"] and len(rows) == 9
     assert ["(sees the future)" in row["what"] for row in rows] == [False, True, False] * 3
     assert rows[0]["nats/token"] == rows[1]["nats/token"] == rows[2]["nats/token"]  # K = E: all to all
@@ -406,10 +410,10 @@ def test_the_real_gsm8k(olmoe, tmp_path):
     source = SHARED / "gsm8k_train.jsonl"
     if not source.is_file():
         pytest.skip("no copy of GSM8K")
-    gsm8k.main(flags(source=source, tokenizer=olmoe, out_dir=tmp_path))
+    prepare.main(flags(source=source, tokenizer=olmoe, out_dir=tmp_path))
     opened = data.load(str(tmp_path))
     assert opened.meta["train"]["documents"] + opened.meta["val"]["documents"] == 7473
-    assert len(bench.read_test(tmp_path / "test.jsonl")) == opened.meta["val"]["documents"]
+    assert len(gsm8k.read_test(tmp_path / "test.jsonl")) == opened.meta["val"]["documents"]
     _, y = opened.train_batch(0, 4, 512, 1)
     assert ((y >= 0).sum(1) > 50).all()
 
@@ -420,21 +424,25 @@ def test_the_real_gsm8k(olmoe, tmp_path):
 @needs_hf
 def test_what_cannot_be_tuned(olmoe, dataset, problems, capsys, tmp_path):
     """Another width, tokenizer, or none: one line each, with what differs or the remedy."""
-    gsm8k.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "bpe"))
+    prepare.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "bpe"))
     bare = shutil.copytree(olmoe, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     for settings, words in (
         ({"init_from": olmoe, "dataset": dataset, "n_embd": 64}, "n_embd is 32 there and 64 here"),
         ({"init_from": olmoe, "dataset": tmp_path / "bpe"}, f"prepare.py --tokenizer={olmoe}"),
-        ({"init_from": bare, "dataset": dataset}, "has no tokenizer.json"),
+        ({"init_from": bare, "dataset": dataset}, "tokenizer.json is missing"),
     ):
         assert words in error_line(capsys, train.main, *flags(**settings, out_dir=tmp_path / "run"))
-    assert "has no tokenizer.json" in error_line(
-        capsys, bench.main, "switch", f"--init_from={bare}", "--text=x"
-    )
 
 
-def test_what_cannot_be_measured(capsys, tmp_path):
-    """switch without a text, gsm8k without a run: one line each."""
-    assert "text is None" in error_line(capsys, bench.main, "switch", f"--init_from={tmp_path}")
-    assert "no checkpoint at" in error_line(capsys, bench.main, "gsm8k", f"--out_dir={tmp_path}")
+@needs_hf
+def test_what_cannot_be_measured(olmoe, capsys, tmp_path):
+    """A model without a tokenizer, switch without a text, gsm8k without a run: one line each."""
+    bare = shutil.copytree(olmoe, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    for question, argv, words in (
+        (switch, flags(init_from=bare, text="x"), "tokenizer.json is missing"),
+        (switch, flags(init_from=tmp_path), "text is None"),
+        (gsm8k, flags(init_from=tmp_path), "no checkpoint at"),
+    ):
+        assert words in error_line(capsys, partial(lab.main, question.answer, question.Options), *argv)
