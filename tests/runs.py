@@ -17,18 +17,9 @@ TEXT = [
     for i in range(100)
 ]
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_expert": 4, "k": 2, "n_hidden": 16}
-TINY = SHAPE | {
-    "block_size": 32,
-    "batch_size": 4,
-    "max_iters": 10,
-    "learning_rate": 0.01,
-    "warmup_iters": 2,
-    "eval_interval": 5,
-    "eval_windows": 4,
-    "log_interval": 1,
-    "sample_tokens": 0,
-    "device": "cpu",
-}
+RUN = {"block_size": 32, "batch_size": 4, "max_iters": 10, "learning_rate": 0.01, "warmup_iters": 2}
+RUN |= {"eval_interval": 5, "eval_windows": 4, "log_interval": 1, "sample_tokens": 0, "device": "cpu"}
+TINY = SHAPE | RUN
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)  # through lists and dictionaries
 
 

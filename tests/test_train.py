@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from reference import SETTINGS, ref_seqtopk
 from runs import (
     ROOT,
+    RUN,
     SHAPE,
     TEXT,
     TINY,
@@ -816,8 +817,12 @@ def test_fine_tuning_under_another_router(dataset, topk_run, tmp_path, seen, nam
     """A TopK run opens under SeqTopK, from its folder (best.pt) or a file: its weights and architecture, and
     in all else, the length of sequences too, a new run; the old one stays."""
     before, folder = contents(topk_run), tmp_path / "tuned"
-    settings = {key: value for key, value in TINY.items() if key not in SHAPE}
-    settings |= {"max_iters": 2, "router": "seqtopk", "block_size": block_size, "init_from": topk_run / name}
+    settings = RUN | {
+        "max_iters": 2,
+        "router": "seqtopk",
+        "block_size": block_size,
+        "init_from": topk_run / name,
+    }
     train.main(flags(**settings, dataset=dataset, out_dir=folder))
     assert_same(seen[0].weights, load_checkpoint(topk_run / (name or "best.pt"))["model"])
     last = load_checkpoint(folder / "last.pt")
