@@ -1,6 +1,7 @@
 """What the tests of runs share: a tiny dataset, the settings of a tiny run, and how to read what it left."""
 
 import json
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import data
+import train
 from config import bad_input_exits
 from model import load_checkpoint
 
@@ -59,3 +61,21 @@ def error_line(capsys, main, *argv):
     assert stop.value.code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and err[-1] == "\n"
     return err
+
+
+def when(monkeypatch, step, action):
+    """Do something, once, after so many iterations."""
+    train_step = train.train_step
+
+    def spy(run):
+        metrics = train_step(run)
+        if run.step == step:
+            monkeypatch.setattr(train, "train_step", train_step)
+            action()
+        return metrics
+
+    monkeypatch.setattr(train, "train_step", spy)
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
