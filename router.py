@@ -85,6 +85,7 @@ def online_seqtopk(
 
     That rule alone overspends where scores grow along the sequence. `strict` caps the pairs that tokens
     1 .. m spend at m*k, for every m: a token for which too little is left keeps the best of its candidates.
+    Measured (experiments/bounds.py): without it 3% more experts and 0.0008 nats less.
 
     scores (B, T, E) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
     """
@@ -142,7 +143,8 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
         for b, q in all rows and queries:
             answer[b, q] = rank[b, : length[b, q]].sort().values[nth[b, q]]
 
-    in about log2(n) rounds of cumsum, gather and scatter, whatever Q is (a wavelet tree).
+    in about log2(n) rounds of cumsum, gather and scatter, whatever Q is (a wavelet tree). On two CPU cores,
+    B=8, T=1024, K=8, online SeqTopK takes 0.2 s with it and 9.3 s with a loop of kthvalue calls.
 
     A round fixes one bit of every answer, from the highest down. A running count tells how many ranks of a
     query's prefix have a 0 there. If these are more than nth, the answer has a 0 too, and the search goes on
@@ -201,9 +203,12 @@ class ExpertCache:
     token never scans the past: it looks its c candidates up in a sorted buffer, and compares them with the
     `RECENT` newest tokens, which are merged into that buffer once in so many steps. The cache holds
     B * (max_tokens + RECENT) * c float32 scores; all scores, as the paper keeps, would be B * max_tokens * E.
+
+    Measured (bench.py cache, two CPU cores): with 1,024 past tokens a step is 22 (batch 1) to 107 times
+    (batch 16) cheaper than ranking them anew; with 4,096 it costs 1.02 to 1.21 times as much as with 128.
     """
 
-    RECENT = 64
+    RECENT = 64  # 16 and 32 are no faster at batch 1, and slower at batch 16
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
     python sample.py --out_dir=out/tiny_seqtopk --prompt="def main(" --show_experts
     python sample.py --out_dir=out/tiny_seqtopk --prompt="def main(" --num_samples=3 --html=experts.html
+    python sample.py --out_dir=out/tiny_seqtopk --prompt=FILE:model.py --svg=experts.svg
     python sample.py --init_from=allenai/OLMoE-1B-7B-0924 --router=online_seqtopk --prompt="Bitcoin is"
 
 Text may grow past the run's block_size: whenever the caches are full they are emptied, the newest half of
@@ -16,10 +17,12 @@ import re
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from html import escape
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import TextIO
 
 import torch
@@ -31,10 +34,19 @@ from config.device import pick_device, pick_dtype
 from data import AnyTokenizer, hf_tokenizer, make_tokenizer
 from model import TEMPERATURE, TOP_P, Cache, Chunk, MoEConfig, MoEGPT, load_checkpoint, sample_token
 
-# Background and text colours (of a terminal's 256) of tokens with fewer experts than k, about k, and more.
-COLOURS = [(25, 231), (68, 16), (110, 16), (252, 16), (216, 16), (203, 16), (160, 231)]
+# Background and text (of a terminal's 256 colours, and in SVG) of fewer experts than k, about k, and more.
+COLOURS = [
+    (25, 231, "#005faf", "white"),
+    (68, 16, "#5f87d7", "black"),
+    (110, 16, "#87afd7", "black"),
+    (252, 16, "#d0d0d0", "black"),
+    (216, 16, "#ffaf87", "black"),
+    (203, 16, "#ff5f5f", "black"),
+    (160, 231, "#d70000", "white"),
+]
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # generated ones must not reach the terminal
+# Generated ones must not reach the terminal. XML forbids the last two, which are no characters.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class SampleConfig:
     dtype: str = "auto"  # auto (a Hugging Face model's own), float32, bfloat16 or float16
     show_experts: bool = False  # colour each token by its experts, as the mean over layers
     html: str | None = None  # also write a page to this file, with the experts of each token in each layer
+    svg: str | None = None  # also draw the last text, each token coloured by its experts, into this file
 
     def __post_init__(self) -> None:
         sample_token(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)  # which checks these
@@ -63,55 +76,59 @@ class SampleConfig:
         require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
+        require(self.svg is None or self.svg != self.html, "svg", self.svg, "another file than html")
 
 
 @dataclass
-class Tally:
-    """Sums over all samples, kept after every chunk, so that an interrupted run is summed up too."""
+class Sample:
+    """What was written until now, so that an interrupted run is summed up too."""
 
-    fed: int = 0  # tokens, those of prompts included
-    experts: float = 0.0  # of those tokens, as the mean over layers (nan in a dense model)
-    written: int = 0  # new tokens
-    seconds: float = 0.0  # spent on new tokens
+    chunks: list[Chunk] = field(default_factory=list)  # the prompt, then one new token in each
+    times: list[float] = field(default_factory=list)  # in seconds, when each chunk was there
 
 
 def main(argv: list[str]) -> None:
     """Load a model, write samples to stdout, sum up. Raises ValueError or OSError for bad input."""
     config = SampleConfig(**parse(argv, SampleConfig)[0])
-    with contextlib.nullcontext() if config.html is None else new_file(config.html) as html:
-        sample(config, html)
-    if html:
-        print(f"page: {config.html}")
+    with new_file("html", config.html) as html, new_file("svg", config.svg) as svg:
+        run(config, html, svg)
+    for file, what, name in ((html, "page", config.html), (svg, "picture", config.svg)):
+        if file:
+            print(f"{what}: {name}")
 
 
-def sample(config: SampleConfig, html: TextIO | None) -> None:
-    """Write samples to stdout and, if there is such a file, a page of them to html."""
+def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
+    """Write samples to stdout and, where there are such files, a page of them and a picture of the last."""
     device, _ = pick_device(config.device)
     checkpoint, source = (None, config.init_from) if config.init_from else load_run(config)
     tokenizer = make_tokenizer(checkpoint.get("tokenizer")) if checkpoint else hf_tokenizer(source)
     prompt = encode_prompt(config.prompt, tokenizer)
     model = open_model(checkpoint, config, device)
-    needed = len(prompt) + config.max_new_tokens
+    k, needed = model.config.k, len(prompt) + config.max_new_tokens
     cache = model.new_cache(1, min(needed, model.config.block_size), config.router)
-    if config.show_experts or html:
-        require_experts(model.config)
-    show = painter(model.config.k) if config.show_experts else lambda text, experts: text
+    if (config.show_experts or html or svg) and not model.expert_layers():
+        raise ValueError("show_experts, html and svg show experts, but this is a dense model: it has none")
     about = [f"{source}: {describe(model, cache.router)}"]
-    if needed > cache.max_tokens:
-        about.append(window_note(cache.max_tokens))
+    if needed > (window := cache.max_tokens):
+        again = f"the newest {window // 2} are fed again, their experts chosen anew"
+        about.append(f"note: past block_size = {window} tokens, {again}")
     print(*about, sep="\n")
     if config.show_experts:
-        print(legend(model.config.k))
-    tally, samples = Tally(), []
+        print("experts per token:", *(paint(text, colour) for text, colour in legend(k)))
+    samples = []
     with contextlib.suppress(KeyboardInterrupt):
         for number, chunks in enumerate(streams(model, cache, prompt, tokenizer.eot, config), start=1):
             print(f"\n--- sample {number} of {config.num_samples}" if config.num_samples > 1 else "")
-            samples.append([])
-            write(kept(chunks, samples[-1]) if html else chunks, tokenizer, show, tally)
+            samples.append(Sample())
+            write(chunks, tokenizer, k if config.show_experts else None, samples[-1])
+    samples = [sample for sample in samples if sample.chunks]
+    texts = [token_rows(sample.chunks, model.head, tokenizer) for sample in samples] if html or svg else []
     if html:
-        budget = f"K = {model.config.k} of {model.config.n_expert} experts per token on average"
-        html.write(page(samples, model, tokenizer, [*about, f"{budget}; {drawn_by(config)}"]))
-    print("\n" + summary(tally, cache))
+        budget = f"K = {k} of {model.config.n_expert} experts per token on average"
+        html.write(page(texts, model.config, [*about, f"{budget}; {drawn_by(config)}"]))
+    if svg:
+        svg.write(picture(texts[-1] if texts else [], k))
+    print("\n" + summary(samples, cache))
 
 
 def load_run(config: SampleConfig) -> tuple[dict, Path]:
@@ -167,33 +184,29 @@ def streams(
     model: MoEGPT, cache: Cache, prompt: list[int], stop: int, config: SampleConfig
 ) -> Iterator[Iterator[Chunk]]:
     """A stream of chunks per sample, to be used up in turn: they share the cache and the random numbers."""
-    device = model.head.weight.device
-    generator = torch.Generator(device).manual_seed(config.seed)
+    idx = torch.tensor([prompt], device=model.head.weight.device)  # (1, P)
+    generator = torch.Generator(idx.device).manual_seed(config.seed)
     options = {key: getattr(config, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
     for _ in range(config.num_samples):
         cache.reset()
-        idx = torch.tensor([prompt], device=device)  # (1, P)
         yield model.generate(idx, cache=cache, stop=stop, generator=generator, **options)
 
 
-def write(
-    chunks: Iterable[Chunk], tokenizer: AnyTokenizer, show: Callable[[str, float], str], tally: Tally
-) -> None:
-    """Print the tokens as they come. A character made of several tokens is printed with the last of them."""
+def write(chunks: Iterable[Chunk], tokenizer: AnyTokenizer, k: int | None, sample: Sample) -> None:
+    """Print the tokens as they come, coloured if their average k is given.
+
+    A character made of several tokens is printed with the last of them.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    before = None  # the prompt, which comes first, is not timed
     for chunk in chunks:
         experts = chunk.experts[0].float().mean(-1).tolist()  # one number per token
-        now = time.perf_counter()
+        sample.chunks.append(chunk)
+        sample.times.append(time.perf_counter())
         for token, mean in zip(chunk.tokens[0].tolist(), experts, strict=True):
-            print(show(piece(token, tokenizer, decoder), mean), end="", flush=True)
-        tally.fed += len(experts)
-        tally.experts += sum(experts)
-        if before is not None:
-            tally.written += len(experts)
-            tally.seconds += now - before
-        before = now
-    print(show(decoder.decode(b"", final=True), mean))
+            text = piece(token, tokenizer, decoder)
+            print(text if k is None else paint(text, colour_of(mean, k)), end="", flush=True)
+    text = decoder.decode(b"", final=True)
+    print(text if k is None else paint(text, colour_of(mean, k)))
 
 
 def piece(token: int, tokenizer: AnyTokenizer, decoder: codecs.IncrementalDecoder) -> str:
@@ -207,25 +220,18 @@ def colour_cuts(k: int) -> list[float]:
     return [k - 1 + 2 * i / len(COLOURS) for i in range(1, len(COLOURS))]
 
 
-def legend(k: int) -> str:
+def legend(k: int) -> list[tuple[str, tuple]]:
+    """The experts per token that each colour stands for, and the colour."""
     cuts = [f"{cut:.1f}" for cut in colour_cuts(k)]
     ranges = [f"<{cuts[0]}", *(f"{a}-{b}" for a, b in pairwise(cuts)), f">{cuts[-1]}"]
-    swatches = (paint(f" {text} ", colour) for text, colour in zip(ranges, COLOURS, strict=True))
-    return " ".join(["experts per token:", *swatches])
+    return [(f" {text} ", colour) for text, colour in zip(ranges, COLOURS, strict=True)]
 
 
-def require_experts(config: MoEConfig) -> None:
-    if not any(map(config.has_experts, range(config.n_layer))):
-        raise ValueError("show_experts and html show experts, but this is a dense model: it has none")
+def colour_of(experts: float, k: int) -> tuple:
+    return COLOURS[bisect_right(colour_cuts(k), experts)]
 
 
-def painter(k: int) -> Callable[[str, float], str]:
-    """The function that colours a token's text by its experts."""
-    cuts = colour_cuts(k)
-    return lambda text, experts: paint(text, COLOURS[bisect_right(cuts, experts)])
-
-
-def paint(text: str, colour: tuple[int, int]) -> str:
+def paint(text: str, colour: tuple) -> str:
     """Colour the text, but no line break, from which a terminal would colour the rest of the line."""
     start = f"\x1b[48;5;{colour[0]};38;5;{colour[1]}m"
     return re.sub(r"[^\n]+", lambda line: f"{start}{line[0]}\x1b[0m", text)
@@ -240,18 +246,15 @@ def describe(model: MoEGPT, router: str) -> str:
     return f"{size}, router {router}{trained}, {how}"
 
 
-def window_note(window: int) -> str:
-    return (
-        f"note: past block_size = {window} tokens, the newest {window // 2} are fed again, "
-        "their experts chosen anew"
-    )
-
-
-def summary(tally: Tally, cache: Cache) -> str:
-    speed = f"{tally.written} new tokens, {tally.written / max(tally.seconds, 1e-9):.1f} tokens/s"
-    experts = f", {tally.experts / tally.fed:.2f} experts per token" if tally.experts > 0 else ""
+def summary(samples: list[Sample], cache: Cache) -> str:
+    written = sum(len(sample.chunks) - 1 for sample in samples)
+    seconds = sum(sample.times[-1] - sample.times[0] for sample in samples)  # without the prompts
+    counts = [chunk.experts.flatten() for sample in samples for chunk in sample.chunks]
+    experts = torch.cat(counts).float() if counts else torch.empty(0)  # none in a dense model
+    mean = f", {experts.mean():.2f} experts per token" if len(experts) else ""
     sizes = f"KV cache {human_bytes(cache.kv_nbytes)}, Expert Cache {human_bytes(cache.expert_nbytes)}"
-    return f"{speed}{experts}; {sizes} (room for {cache.max_tokens} tokens)"
+    speed = f"{written} new tokens, {written / max(seconds, 1e-9):.1f} tokens/s"
+    return f"{speed}{mean}; {sizes} (room for {cache.max_tokens} tokens)"
 
 
 def human_bytes(n: float) -> str:
@@ -262,18 +265,21 @@ def human_bytes(n: float) -> str:
     return f"{n:.4g} GiB"
 
 
-# -------------------- the page ----------------------------------------------------------------------------
+# -------------------- the page and the picture ------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def new_file(name: str) -> Iterator[TextIO]:
-    """A text file that gets its name when all is written: nobody finds half of it.
+def new_file(setting: str, name: str | None) -> Iterator[TextIO | None]:
+    """A text file that gets its name when all is written: nobody finds half of it. None without a name.
 
-    Raises ValueError or OSError, at once, where no file of that name can be written.
+    Raises ValueError, which names the setting, or OSError, at once, where no such file can be written.
     """
+    if name is None:
+        yield None
+        return
     path = Path(name)
     free = path.parent.is_dir() and (path.is_file() or not path.exists())
-    require(free, "html", name or "empty", "the name of a file in a folder that exists")
+    require(free, setting, name or "empty", "the name of a file in a folder that exists")
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -283,18 +289,12 @@ def new_file(name: str) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
-def kept(chunks: Iterable[Chunk], into: list[Chunk]) -> Iterator[Chunk]:
-    for chunk in chunks:
-        into.append(chunk)
-        yield chunk
-
-
-def page(samples: list[list[Chunk]], model: MoEGPT, tokenizer: AnyTokenizer, about: list[str]) -> str:
-    """The HTML of a page that shows the chunks of each sample, under the lines of `about`."""
-    layers = [layer for layer in range(model.config.n_layer) if model.config.has_experts(layer)]
-    texts = [token_rows(chunks, model.head, tokenizer) for chunks in samples if chunks]
-    data = json.dumps({"about": about, "k": model.config.k, "layers": layers, "samples": texts})
-    return PAGE.replace("{DATA}", data.replace("<", "\\u003c"))  # so that no text can end the script
+def page(texts: list[list[dict]], config: MoEConfig, about: list[str]) -> str:
+    """The HTML of a page that shows the rows of each text, under the lines of `about`."""
+    layers = [layer for layer in range(config.n_layer) if config.has_experts(layer)]
+    data = json.dumps({"about": about, "k": config.k, "layers": layers, "samples": texts})
+    template = Path(__file__).with_name("sample.html").read_text(encoding="utf-8")
+    return template.replace("{DATA}", data.replace("<", "\\u003c"))  # so that no text can end the script
 
 
 def drawn_by(config: SampleConfig) -> str:
@@ -340,141 +340,30 @@ def token_name(token: int, tokenizer: AnyTokenizer) -> str:
         return repr(raw)[2:-1]
 
 
-PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Experts of each token</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --page: light-dark(#fff, #15171c); --panel: light-dark(#f3f4f6, #20242c);
-  --text: light-dark(#1a1c20, #e8eaee); --quiet: light-dark(#5d636e, #a2a9b5);
-  --fewer: light-dark(#1f78d1, #3f8fe0); --more: light-dark(#ec6a1a, #d9600f);
-}
-* { box-sizing: border-box; }
-body { margin: auto; padding: 1.2rem; max-width: 76rem; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.3rem; }
-h2 { margin: 1.6rem 0 .4rem; font-size: 1rem; }
-p { margin: .3rem 0; color: var(--quiet); font-size: .87rem; overflow-wrap: anywhere; }
-nav { display: flex; flex-wrap: wrap; gap: .5rem 1.2rem; align-items: center; margin: .9rem 0; }
-select, button { font: inherit; padding: .15rem .5rem; }
-b { padding: .1rem .45rem; font-weight: normal; }
-.columns { display: grid; grid-template-columns: minmax(0, 1fr) 22rem; gap: 1.5rem; align-items: start; }
-.text, #name { font: 14px/1.75 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; tab-size: 4;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-.text span { padding: .15em 0; box-shadow: inset 1px 0 var(--page); cursor: pointer; }
-.prompt { border-bottom: 2px solid var(--quiet); }
-.text .here { outline: 2px solid var(--text); }
-i::before { content: "\21b5"; color: var(--quiet); }
-[data-name]::before { content: attr(data-name); padding: 0 .3em; border: 1px solid; border-radius: .5em;
-  font-size: .8em; }
-aside { position: sticky; top: 1.2rem; max-height: calc(100vh - 2.4rem); overflow: auto; padding: .8rem 1rem;
-  border-radius: .5rem; background: var(--panel); }
-#name:not(:empty) { border: 1px solid var(--quiet); border-radius: .2rem; padding: .1rem 0; }
-td { padding: 0 .6rem 0 0; color: var(--quiet); font-size: .85rem; line-height: 1.4; vertical-align: top; }
-td + td { color: var(--text); }
-tr + tr td:first-child { white-space: nowrap; }
-@media (max-width: 46rem) {
-  .columns { display: block; padding-bottom: 45vh; }
-  aside { position: fixed; inset: auto 0 0; max-height: 42vh; box-shadow: 0 0 12px #0005; }
-}
-</style>
-<h1>Experts of each token</h1>
-<div id="about"></div>
-<nav>
-  <label>Layer <select id="layer"><option value="-1">mean of all</option></select></label>
-  <span>Experts <span id="legend"></span></span>
-  <span class="prompt">prompt</span>
-  <button id="theme">light / dark</button>
-</nav>
-<div class="columns">
-  <main id="samples"></main>
-  <aside aria-live="polite"><code id="name"></code>
-    <table id="facts"><tr><td>Hover over a token, tap it, or walk with Tab and the arrow keys.</table></aside>
-</div>
-<p>Entropy and probability are those of the model's own distribution of the next token, at temperature 1 and
-before top_k and top_p, when this token came. Layers, experts and positions are counted from 0.</p>
-<noscript>This page needs JavaScript, all of which is inside it.</noscript>
-<script type="application/json" id="data">{DATA}</script>
-<script>
-const find = (id) => document.getElementById(id)
-const data = JSON.parse(find("data").textContent), tokens = data.samples.flat(), spans = []
+def picture(rows: list[dict], k: int) -> str:
+    """The SVG of a text, each token on the colour of its experts (mean over layers), under a legend.
 
-function add(parent, tag, text = "") {
-  const element = parent.appendChild(document.createElement(tag))
-  element.textContent = text
-  return element
-}
-
-function count(token, layer) { // layer -1: the mean
-  const counts = token.experts.map((experts) => experts.length)
-  return layer < 0 ? counts.reduce((a, b) => a + b) / counts.length : counts[layer]
-}
-
-function addToken(parent, token, position) {
-  const span = add(parent, "span")
-  for (const part of token.text.split(/(\n)/)) part === "\n" ? add(span, "i", part) : span.append(part)
-  if (!token.text) span.dataset.name = token.name
-  span.classList.toggle("prompt", token.prompt)
-  span.tabIndex = position ? -1 : 0
-  span.onmouseover = span.onfocus = () => show(span, token, position)
-  spans.push(span)
-}
-
-function show(span, token, position) {
-  document.querySelector(".here")?.classList.remove("here")
-  span.classList.add("here")
-  find("name").textContent = token.name
-  const facts = { "token id": token.id, position, "entropy, nats": token.entropy ?? "\u2013",
-    probability: token.probability ?? "\u2013", "experts, mean": count(token, -1).toFixed(2) }
-  token.experts.forEach((experts, i) => {
-    facts["layer " + data.layers[i]] = experts.length + (experts.length ? ": " : "") + experts.join(" ")
-  })
-  find("facts").replaceChildren()
-  for (const fact of Object.entries(facts)) {
-    const row = find("facts").insertRow()
-    for (const text of fact) row.insertCell().textContent = text
-  }
-}
-
-function shade() {
-  const layer = Number(find("layer").value), counts = tokens.map((token) => count(token, layer)), k = data.k
-  const low = counts.reduce((a, b) => Math.min(a, b), k), high = counts.reduce((a, b) => Math.max(a, b), k)
-  const reach = Math.max(k - low, high - k) || 1, step = layer < 0 ? reach / 3 : Math.ceil(reach / 3)
-  const percent = (n) => Math.min(60, 60 * Math.abs(n - k) / reach) + "%"
-  const colour = (n) => `color-mix(in srgb, var(--${n < k ? "fewer" : "more"}) ${percent(n)}, transparent)`
-  spans.forEach((span, i) => { span.style.background = colour(counts[i]) })
-  find("legend").replaceChildren()
-  for (const n of [-3, -2, -1, 0, 1, 2, 3].map((i) => k + i * step)) {
-    if (n < 0 || n <= low - step || n >= high + step) continue
-    add(find("legend"), "b", +n.toFixed(2)).style.background = colour(n)
-  }
-}
-
-for (const line of data.about) add(find("about"), "p", line)
-data.layers.forEach((layer, i) => { add(find("layer"), "option", layer).value = i })
-data.samples.forEach((sample, i) => {
-  if (data.samples.length > 1) add(find("samples"), "h2", `Sample ${i + 1}`)
-  const text = add(find("samples"), "div")
-  text.className = "text"
-  sample.forEach((token, position) => addToken(text, token, position))
-})
-shade()
-find("layer").onchange = shade
-find("theme").onclick = () => {
-  const style = document.documentElement.style, dark = matchMedia("(prefers-color-scheme: dark)").matches
-  style.colorScheme = (style.colorScheme || (dark ? "dark" : "light")) === "dark" ? "light" : "dark"
-}
-onkeydown = (event) => {
-  const at = spans.indexOf(document.activeElement), step = { ArrowLeft: -1, ArrowRight: 1 }[event.key]
-  if (at < 0 || !step || !spans[at + step]) return
-  spans[at + step].focus()
-  event.preventDefault()
-}
-</script>
-"""
+    A line has up to 100 columns, a tab is four spaces, and a line break has a column to show its colour.
+    """
+    plain, cells, line, column = (None, None, "white", "black"), [], 0, 0
+    pieces = [("experts per token: ", plain), *legend(k), ("\n\n", plain)]
+    pieces += [(row["text"], colour_of(fmean(map(len, row["experts"])), k)) for row in rows]
+    for text, (*_, back, front) in pieces:
+        for part in re.findall(r"\n|[^\n]{1,100}", text.replace("\t", "    ")):
+            if part != "\n" and column + len(part) > 100:
+                line, column = line + 1, 0
+            place, width = f'x="{8 * column + 8}" y="{18 * line + 8}"', 8 * len(part)
+            fit = (
+                f'dy="13" textLength="{width}" lengthAdjust="spacingAndGlyphs"'  # whatever the reader's font
+            )
+            cells.append(f'<rect {place} width="{width}" height="18" fill="{back}"/>')
+            cells.append(f'<text {place} {fit} fill="{front}">{escape(part)}</text>\n')
+            line, column = (line + 1, 0) if part == "\n" else (line, column + len(part))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="824" height="{18 * line + 34}" font-size="13" '
+        'font-family="ui-monospace, Menlo, Consolas, monospace" xml:space="preserve">\n'
+        '<rect width="100%" height="100%" rx="6" fill="white"/>\n' + "".join(cells) + "</svg>\n"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,14 @@
 
     python train.py config/tiny_seqtopk.py --max_iters=200 --compile=false
 
-A config file is plain Python assignments holding only what differs from the defaults. What comes later wins.
+What comes later wins. A config file is Python that assigns only what differs from the defaults. A number,
+text, bool or None in it must be a setting, unless its name starts with _. Functions, classes and all else are
+the file's own, so that it can define a router and register it:
+
+    def relative(scores, k): ...
+
+    ROUTERS["relative"] = Router(relative, causal=True, exact=False, decode="relative")
+
 The comment beside a field of the dataclass is what --help prints.
 """
 
@@ -14,7 +21,6 @@ import inspect
 import io
 import math
 import os
-import runpy
 import sys
 import textwrap
 import tokenize
@@ -29,6 +35,7 @@ ALLOWED = {
     "bool": "true or false",
     "str": "text",
 }
+PLAIN = (int, float, str, bool, type(None))  # what a setting can be
 
 
 def parse(argv: list[str], cls: type) -> tuple[dict[str, Any], list[Path]]:
@@ -107,7 +114,7 @@ def _config_path(arg: str) -> Path:
     if "=" in arg:
         raise ValueError(f"{arg!r} is not a config file; a setting is written --{arg}")
     if path.exists():
-        raise ValueError(f"{arg!r} is not a config file; give a .py file of plain assignments")
+        raise ValueError(f"{arg!r} is not a config file; give a .py file of assignments")
     siblings = [str(sibling) for sibling in sorted(path.parent.glob("*.py"))]
     raise ValueError(f"config file {arg!r} does not exist{_nearest(str(path), siblings)}")
 
@@ -115,17 +122,22 @@ def _config_path(arg: str) -> Path:
 def read_file(name: str | Path) -> dict[str, Any]:
     """What a config file assigns, unchecked. ValueError, one line, for a file that is missing or fails."""
     path = _config_path(str(name))
+    module = ModuleType(str(path))
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # torch.compile looks there for what a router of the file uses
     try:
-        names = runpy.run_path(str(path))
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except (Exception, SystemExit) as err:
         raise ValueError(f"config file {path} fails with {type(err).__name__}: {err}") from err
-    return {k: v for k, v in names.items() if not (k.startswith("_") or isinstance(v, ModuleType))}
+    return {k: v for k, v in vars(module).items() if not (k.startswith("_") or isinstance(v, ModuleType))}
 
 
 def _file_settings(path: Path, types: dict[str, str]) -> dict[str, Any]:
     settings = {}
     for key, value in read_file(path).items():
-        _check_known(key, types, f"in {path}")
+        if key not in types and not isinstance(value, PLAIN):
+            continue
+        _check_known(key, types, f"in {path}", "; a name of the file's own starts with _")
         with _naming(f"{key} = {value!r} in {path}", types[key]):
             settings[key] = _checked(value, types[key])
     return settings
@@ -162,9 +174,9 @@ def _naming(setting: str, kind: str) -> Iterator[None]:
         raise ValueError(f"{setting} is not allowed; give {_allowed(kind)}") from None
 
 
-def _check_known(key: str, known: Iterable[str], where: str) -> None:
+def _check_known(key: str, known: Iterable[str], where: str, more: str = "") -> None:
     if key not in known:
-        raise ValueError(f"unknown key {key!r} {where}{_nearest(key, known)}; --help lists all keys")
+        raise ValueError(f"unknown key {key!r} {where}{_nearest(key, known)}; --help lists all keys{more}")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

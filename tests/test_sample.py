@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from html.parser import HTMLParser
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -18,20 +18,27 @@ import sample
 from config import bad_input_exits, help_text
 from data import train_bpe
 from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
+from router import ROUTERS
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 PROMPT = "def f(x):\n    return x"
+HOSTILE = "</script><b>&\n\t\"'é🙂\\"
 SHAPE = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_expert": 8, "k": 2, "n_hidden": 8}
 
 
-def write_run(folder, *names, tokenizer, **changes):
-    """A run of random weights, larger than at the start of training, so that routing and text vary."""
+def lively(**config):
+    """A model of random weights, larger than at the start of training, so that routing and text vary."""
     torch.manual_seed(0)
-    model = MoEGPT(MoEConfig(vocab_size=tokenizer.vocab_size, **SHAPE | changes))
+    model = MoEGPT(MoEConfig(**SHAPE | config))
     for parameter in model.parameters():
         parameter.data *= 5
+    return model
+
+
+def write_run(folder, *names, tokenizer, **changes):
     folder.mkdir(exist_ok=True)
     for name in names:
+        model = lively(vocab_size=tokenizer.vocab_size, **changes)
         save_checkpoint(folder / name, model, tokenizer=tokenizer.meta, step=7)
     return folder
 
@@ -44,6 +51,31 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer):
     return write_run(tmp_path_factory.mktemp("run"), "best.pt", "last.pt", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def ab_run(tmp_path_factory):
+    """A run that knows the letters a and b only."""
+    few = train_bpe(["ab" * 9], 258, "few", only_seen_bytes=True)
+    return write_run(tmp_path_factory.mktemp("ab"), "best.pt", tokenizer=few)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """The folder of a tiny OLMoE in bfloat16 with random weights, and its tokenizer."""
+    pytest.importorskip("safetensors")
+    bpe = pytest.importorskip("tokenizers")
+    tokenizer = bpe.Tokenizer(bpe.models.BPE())
+    tokenizer.pre_tokenizer = bpe.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = bpe.decoders.ByteLevel()
+    alphabet = bpe.pre_tokenizers.ByteLevel.alphabet()
+    trainer = bpe.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, special_tokens=["<end>"])
+    tokenizer.train_from_iterator([PROMPT] * 3, trainer)
+    folder = tmp_path_factory.mktemp("pretrained") / "hf"
+    meta = {"kind": "hf", "name": "tiny", "json": tokenizer.to_str(), "eot": 0}
+    model = lively(vocab_size=280, router="topk", qk_norm="full")
+    model.cast(torch.bfloat16).save_pretrained(folder, meta)
+    return folder
 
 
 @pytest.fixture
@@ -92,6 +124,15 @@ def body(out):
     return out.split("\n\n", 1)[1].rsplit("\n\n", 1)[0]
 
 
+def samples(out, n):
+    """The texts of n samples."""
+    return re.split(rf"\n--- sample \d of {n}\n", out.rsplit("\n\n", 1)[0] + "\n")[1:]
+
+
+def n_new(out):
+    return int(re.search(r"(\d+) new tokens", out)[1])
+
+
 def test_prints_what_the_model_generated(say, run, tokenizer):
     """The text is the prompt and the tokens of MoEGPT.generate, control characters made harmless."""
     out = say(f"--prompt={PROMPT}", "--temperature=0.9", "--top_k=50", "--top_p=0.9", "--seed=3")
@@ -105,18 +146,23 @@ def test_prints_what_the_model_generated(say, run, tokenizer):
     assert f"{len(chunks) - 1} new tokens, " in out and f", {experts:.2f} experts per token" in out
 
 
-def test_ends_with_a_summary(say, run):
-    """The last line has speed, experts per token and the sizes of both caches; the first names the run."""
+def test_ends_with_a_summary(say, run, tokenizer):
+    """The last line has speed, experts per token and the sizes of both caches, which have room for a text
+    of at most block_size; the first line names the run. bfloat16 halves the KV cache."""
     lines = say(f"--prompt={PROMPT}", "--max_new_tokens=31").splitlines()
     assert str(run / "best.pt") in lines[0]
     assert "router online_seqtopk (trained with seqtopk), float32 on cpu" in lines[0]
     numbers = r"31 new tokens, [\d.]+ tokens/s, [12]\.\d\d experts per token; "
     sizes = r"KV cache 8 KiB, Expert Cache [\d.]+ (KiB|B) \(room for 32 tokens\)"
     assert re.fullmatch(numbers + sizes, lines[-1])
+    assert f"(room for {len(tokenizer.encode('def f')) + 12} tokens)" in say("--prompt=def f")
+    out = say("--prompt=def", "--dtype=bfloat16", "--max_new_tokens=31")
+    assert "bfloat16 on cpu" in out and "KV cache 4 KiB" in out
 
 
 def test_every_way_to_give_a_prompt(say, stdin, tmp_path):
-    """The same text as an argument, FILE: or -, with its newlines, leads to the same sample."""
+    """The same text as an argument, FILE: or -, with its newlines, leads to the same sample. Without a prompt
+    the text begins after end-of-text, which is not printed."""
     path = tmp_path / "prompt.txt"
     path.write_text(PROMPT + "\n")
     expected = body(say(f"--prompt={PROMPT}\n"))
@@ -124,39 +170,25 @@ def test_every_way_to_give_a_prompt(say, stdin, tmp_path):
     assert body(say(f"--prompt=FILE:{path}")) == expected
     stdin(path)
     assert body(say("--prompt=-")) == expected
-
-
-def test_without_a_prompt_a_document_begins(say):
-    """No prompt: the text begins after end-of-text, which is not printed."""
-    out = say()
-    assert "12 new tokens" in out and "endoftext" not in out
-
-
-def test_greedy_needs_no_seed(say):
-    """temperature 0 writes the same text under any seed."""
-    texts = {body(say(f"--prompt={PROMPT}", "--temperature=0", f"--seed={seed}")) for seed in range(3)}
-    assert len(texts) == 1
+    assert "12 new tokens" in (out := say()) and "endoftext" not in out
 
 
 def test_a_seed_is_a_text(say):
-    """Same seed, same samples; another seed, others; the samples of one run differ from each other."""
-    once, again, other = (
-        say(f"--prompt={PROMPT}", "--num_samples=2", f"--seed={seed}") for seed in (1, 1, 2)
+    """Same seed, same samples; another seed, others, except at temperature 0. The samples of one run differ,
+    and the first does not depend on how many follow."""
+    two = "--prompt=def", "--num_samples=2"
+    once, again, other = (samples(say(*two, f"--seed={seed}"), 2) for seed in (1, 1, 2))
+    assert once == again != other
+    assert len(once) == 2 and once[0].rstrip() != once[1].rstrip()
+    assert body(say("--prompt=def", "--seed=1")) == once[0][:-1]
+    assert (
+        len({body(say(f"--prompt={PROMPT}", "--temperature=0", f"--seed={seed}")) for seed in range(3)}) == 1
     )
-    texts = [out.rsplit("\n\n", 1)[0] for out in (once, again, other)]
-    samples = [re.split(r"\n--- sample \d of 2\n", text)[1:] for text in texts]
-    assert samples[0] == samples[1] != samples[2]
-    assert len(samples[0]) == 2 and samples[0][0].rstrip() != samples[0][1].rstrip()
-
-
-def test_a_single_sample_is_the_first_of_many(say):
-    """How many samples follow does not change a sample."""
-    single, double = say("--prompt=def"), say("--prompt=def", "--num_samples=2")
-    assert double.split("--- sample 1 of 2\n")[1].startswith(body(single))
 
 
 def test_show_experts_colours_the_same_text(say):
-    """Without its colours the output of --show_experts is the plain text, under a legend of all colours."""
+    """Without its colours the output of --show_experts is the plain text, under a legend of all colours.
+    Under TopK all tokens get k experts: one colour, the middle one."""
     plain, coloured = say(f"--prompt={PROMPT}"), say(f"--prompt={PROMPT}", "--show_experts")
     assert body(ANSI.sub("", coloured)) == body(plain)
     legend = next(line for line in coloured.splitlines() if line.startswith("experts per token: "))
@@ -165,6 +197,9 @@ def test_show_experts_colours_the_same_text(say):
     used = set(ANSI.findall(body(coloured))) - {"\x1b[0m"}
     assert len(used) > 1 and used <= set(ANSI.findall(legend))
     assert not re.search(r"\x1b\[48[^\x1b]*\n", coloured)  # no background runs over a line break
+    out = say(f"--prompt={PROMPT}", "--router=topk", "--show_experts")
+    assert set(ANSI.findall(body(out))) == {"\x1b[48;5;252;38;5;16m", "\x1b[0m"}
+    assert ", 2.00 experts per token" in out and "Expert Cache 0 B" in out
 
 
 def test_show_experts_gives_each_token_its_colour(capfd, tokenizer):
@@ -172,17 +207,10 @@ def test_show_experts_gives_each_token_its_colour(capfd, tokenizer):
     ids = tokenizer.encode("def f")
     experts = torch.tensor([[[1, 1], [4, 4], [1, 3], [2, 3]]])
     chunk = SimpleNamespace(tokens=torch.tensor([ids[:1] * 4]), experts=experts)
-    sample.write([chunk], tokenizer, sample.painter(SHAPE["k"]), sample.Tally())
+    sample.write([chunk], tokenizer, SHAPE["k"], sample.Sample())
     text = tokenizer.decode(ids[:1])
     expected = [sample.paint(text, sample.COLOURS[i]) for i in (0, 6, 3, 5)]
     assert capfd.readouterr().out == "".join(expected) + "\n"
-
-
-def test_show_experts_of_a_router_without_choice(say):
-    """Under TopK all tokens get k experts: one colour, the middle one."""
-    out = say(f"--prompt={PROMPT}", "--router=topk", "--show_experts")
-    assert set(ANSI.findall(body(out))) == {"\x1b[48;5;252;38;5;16m", "\x1b[0m"}
-    assert ", 2.00 experts per token" in out and "Expert Cache 0 B" in out
 
 
 def test_characters_of_several_tokens_come_out_whole(capfd, tokenizer):
@@ -190,14 +218,9 @@ def test_characters_of_several_tokens_come_out_whole(capfd, tokenizer):
     ids = [*tokenizer.encode("é中🙂\n"), *tokenizer.encode("éx")[::2], *tokenizer.encode("中")[:2]]
     assert len(ids) > 10
     chunks = [SimpleNamespace(tokens=torch.tensor([[i]]), experts=torch.ones(1, 1, 2)) for i in ids]
-    sample.write(chunks, tokenizer, lambda text, experts: text, sample.Tally())
+    sample.write(chunks, tokenizer, None, sample.Sample())
     assert tokenizer.decode(ids) == "é中🙂\n\ufffdx\ufffd"
     assert capfd.readouterr().out == tokenizer.decode(ids) + "\n"
-
-
-def test_caches_have_the_room_that_a_text_needs(say, tokenizer):
-    """A text shorter than block_size gets caches for its prompt and its new tokens only."""
-    assert f"(room for {len(tokenizer.encode('def f')) + 12} tokens)" in say("--prompt=def f")
 
 
 @pytest.mark.parametrize("prompt", ["def", "def f(x): return x\n" * 20])
@@ -209,12 +232,12 @@ def test_text_past_block_size(say, prompt):
     assert "note:" not in say("--prompt=def")
 
 
-def test_stops_at_end_of_text(say, tmp_path):
-    """An end-of-text token ends the sample and is not printed."""
-    few = train_bpe(["ab" * 9], 258, "few", only_seen_bytes=True)
-    folder = write_run(tmp_path / "run", "best.pt", tokenizer=few)
-    out = say("--prompt=ab", "--max_new_tokens=500", "--temperature=10", out_dir=folder)
-    assert int(re.search(r"(\d+) new tokens", out)[1]) < 500 and set(body(out)) == {"a", "b"}
+def test_stops_at_end_of_text(say, ab_run, pretrained):
+    """An end-of-text token, which is that of the model's tokenizer, ends the sample and is not printed."""
+    out = say("--prompt=ab", "--max_new_tokens=500", "--temperature=10", out_dir=ab_run)
+    assert n_new(out) < 500 and set(body(out)) == {"a", "b"}
+    out = say(f"--init_from={pretrained}", "--max_new_tokens=5000", "--temperature=30", "--top_p=1")
+    assert n_new(out) < 5000 and "<end>" not in out
 
 
 def test_without_a_best_checkpoint_the_last_is_used(say, tmp_path, tokenizer):
@@ -230,36 +253,9 @@ def test_a_dense_run(say, fails, tmp_path, tokenizer):
     folder = write_run(tmp_path / "run", "best.pt", tokenizer=tokenizer, n_expert=1, k=1, router="topk")
     out = say("--prompt=def", out_dir=folder)
     assert "12 new tokens" in out and "experts per token" not in out
-    assert "dense" in fails("--show_experts", out_dir=folder)
-    assert "dense" in fails(f"--html={tmp_path / 'a.html'}", out_dir=folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-
-
-def test_bfloat16(say):
-    """Weights and KV cache can be bfloat16, which halves the cache."""
-    out = say("--prompt=def", "--dtype=bfloat16", "--max_new_tokens=31")
-    assert "bfloat16 on cpu" in out and "KV cache 4 KiB" in out
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """The folder of a tiny OLMoE in bfloat16 with random weights, and its tokenizer."""
-    pytest.importorskip("safetensors")
-    bpe = pytest.importorskip("tokenizers")
-    tokenizer = bpe.Tokenizer(bpe.models.BPE())
-    tokenizer.pre_tokenizer = bpe.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = bpe.decoders.ByteLevel()
-    alphabet = bpe.pre_tokenizers.ByteLevel.alphabet()
-    trainer = bpe.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, special_tokens=["<end>"])
-    tokenizer.train_from_iterator([PROMPT] * 3, trainer)
-    torch.manual_seed(0)
-    model = MoEGPT(MoEConfig(vocab_size=280, **SHAPE | {"router": "topk", "qk_norm": "full"}))
-    for parameter in model.parameters():
-        parameter.data *= 5
-    folder = tmp_path_factory.mktemp("pretrained") / "hf"
-    meta = {"kind": "hf", "name": "tiny", "json": tokenizer.to_str(), "eot": 0}
-    model.cast(torch.bfloat16).save_pretrained(folder, meta)
-    return folder
+    for shown in ("--show_experts", f"--html={tmp_path / 'a'}", f"--svg={tmp_path / 'a'}"):
+        assert "dense" in fails(shown, out_dir=folder)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_pretrained_model_writes(say, pretrained):
@@ -272,10 +268,27 @@ def test_a_pretrained_model_writes(say, pretrained):
     assert ", 2.00 experts per token" in say(f"--init_from={pretrained}", f"--prompt={PROMPT}")
 
 
-def test_a_pretrained_model_ends_at_its_end_of_text(say, pretrained):
-    """The tokenizer's end-of-text ends a sample and is not printed."""
-    out = say(f"--init_from={pretrained}", "--max_new_tokens=5000", "--temperature=30", "--top_p=1")
-    assert int(re.search(r"(\d+) new tokens", out)[1]) < 5000 and "<end>" not in out
+RELATIVE = """
+from router import ROUTERS, Router
+
+def above_the_mean(scores, k):
+    return scores > scores.mean(dim=-1, keepdim=True)
+
+ROUTERS["relative"] = Router(above_the_mean, causal=True, exact=False, decode="relative")
+"""
+
+
+def test_a_file_brings_its_router(say, fails, tmp_path, tokenizer, monkeypatch):
+    """A run whose router a file defines writes if that file is given; if not, one line names the router."""
+    path = tmp_path / "relative.py"
+    path.write_text(RELATIVE)
+    monkeypatch.setitem(ROUTERS, "relative", ROUTERS["topk"])
+    folder = write_run(tmp_path / "run", "best.pt", tokenizer=tokenizer, router="relative")
+    out = say(str(path), f"--prompt={PROMPT}", out_dir=folder)
+    assert "router relative, float32" in out and n_new(out) == 12 and ", 2.00 experts" not in out
+    del ROUTERS["relative"]
+    assert "relative" in fails(out_dir=folder)
+    assert "router relative (trained with seqtopk)" in say(str(path), "--router=relative")
 
 
 def interrupt(monkeypatch, after, error=KeyboardInterrupt):
@@ -291,11 +304,19 @@ def interrupt(monkeypatch, after, error=KeyboardInterrupt):
     monkeypatch.setattr(MoEGPT, "generate", interrupted)
 
 
-def test_ctrl_c_stops_and_sums_up(say, monkeypatch):
-    """Ctrl-C ends the writing; what was written is counted."""
-    interrupt(monkeypatch, after=4)
-    out = say("--prompt=def", "--num_samples=3")
-    assert out.splitlines()[-1].startswith("3 new tokens, ") and "sample 2" not in out
+@pytest.mark.parametrize("after", [0, 4])
+def test_ctrl_c_stops_and_sums_up(say, monkeypatch, tmp_path, after):
+    """Ctrl-C ends the writing; what was printed until then is counted, on the page and in the picture."""
+    interrupt(monkeypatch, after)
+    path, drawing = tmp_path / "a.html", tmp_path / "a.svg"
+    out = say("--prompt=def", "--num_samples=3", f"--html={path}", f"--svg={drawing}")
+    assert n_new(out) == max(0, after - 1) and "sample 2" not in out
+    rows = [row for rows in read_page(path)["samples"] for row in rows]
+    assert [row["prompt"] for row in rows].count(False) == n_new(out)
+    text = "".join(row["text"] for row in rows)
+    assert text.rstrip("\ufffd") in out
+    drawn = "".join(cell[0] for cell in read_picture(drawing.read_text(encoding="utf-8")))
+    assert drawn.split("\n\n", 1)[1] == text.replace("\t", "    ")
 
 
 @pytest.mark.parametrize(
@@ -320,11 +341,12 @@ def test_ctrl_c_stops_and_sums_up(say, monkeypatch):
         ("--dtype=int8", "dtype is int8, but must be auto, float32"),
         ("--temprature=1", "did you mean temperature?"),
         ("--out_dir=nowhere", "no run at nowhere"),
+        ("--html=a --svg=a", "svg is a, but must be another file than html"),
     ],
 )
 def test_bad_input(fails, argv, words):
     """Each is one line that names the value and what is allowed, and exit code 2."""
-    assert words in fails(argv)
+    assert words in fails(*argv.split())
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"", "prompt is empty"), (b"\xff\xfea", "not UTF-8")])
@@ -337,11 +359,9 @@ def test_bad_prompt_file(fails, stdin, tmp_path, content, words):
     assert words in fails("--prompt=-")
 
 
-def test_characters_that_the_tokenizer_lacks(fails, tmp_path):
+def test_characters_that_the_tokenizer_lacks(fails, ab_run):
     """A prompt with characters that the vocabulary cannot spell is refused with the characters."""
-    few = train_bpe(["ab" * 9], 258, "few", only_seen_bytes=True)
-    folder = write_run(tmp_path / "run", "best.pt", tokenizer=few)
-    assert "'é'" in fails("--prompt=abé", out_dir=folder)
+    assert "'é'" in fails("--prompt=abé", out_dir=ab_run)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "text", "foreign", "no tokenizer"])
@@ -367,32 +387,35 @@ def test_bad_pretrained_folder(fails, pretrained, tmp_path, removed, words):
     assert words in fails(f"--init_from={folder}")
 
 
-class Scripts(HTMLParser):
-    """The scripts of a page, as a browser separates them from the rest."""
+@pytest.mark.parametrize("kind", ["html", "svg"])
+@pytest.mark.parametrize("name", ["", ".", "nowhere/a", "folder", "file/a", "/dev/null"])
+def test_a_file_that_cannot_be_written(fails, tmp_path, monkeypatch, kind, name):
+    """It is refused before anything is generated, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MoEGPT, "generate", None)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    assert f"{kind} is " in fails(f"--{kind}={name}")
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
 
-    def __init__(self, page):
-        super().__init__()
-        self.found, self.inside = [], False
-        self.feed(page)
 
-    def handle_starttag(self, tag, attrs):
-        self.inside = tag == "script"
-        self.found += [""] * self.inside
-
-    def handle_endtag(self, tag):
-        self.inside = False
-
-    def handle_data(self, text):
-        if self.inside:
-            self.found[-1] += text
+@pytest.mark.parametrize("kind", ["html", "svg"])
+def test_a_failure_leaves_the_old_file(say, monkeypatch, tmp_path, kind):
+    """What breaks off with an error neither replaces an older file nor leaves half of a new one."""
+    path = tmp_path / "a"
+    path.write_text("old")
+    interrupt(monkeypatch, after=4, error=RuntimeError)
+    with pytest.raises(RuntimeError):
+        say("--prompt=def", f"--{kind}={path}")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def read_page(path):
-    """The data of a page, after a look at what is around it."""
+    """The data of a page, after a look at what is around it: two scripts, as a browser separates them."""
     page = path.read_text(encoding="utf-8")
     assert not re.search(r"src=|href=|url\(|@import|https?:|fetch\(", page)  # nothing from elsewhere
-    data, code = Scripts(page).found
-    assert code.strip().endswith("}") and path.with_name(path.name + ".tmp").exists() is False
+    data, code = re.findall(r"<script[^>]*>(.*?)</script", page, re.S | re.I)
+    assert code.strip().endswith("}") and not path.with_name(path.name + ".tmp").exists()
     return json.loads(data)
 
 
@@ -411,9 +434,6 @@ def by_hand(model, ids, window):
         experts = [layer.mask[0, -1].nonzero().flatten().tolist() for layer in stats.routing]
         rows.append((*numbers, experts))
     return rows
-
-
-HOSTILE = "</script><b>&\n\t\"'é🙂\\"
 
 
 @pytest.mark.parametrize("new_tokens", [7, 90], ids=["within block_size", "beyond it"])
@@ -441,23 +461,20 @@ def test_the_page_says_what_the_model_did(say, run, tokenizer, tmp_path, new_tok
 
 def test_the_page_has_every_sample_and_changes_none(say, tmp_path):
     """Samples are the same with and without --html, and all on one page, after the token that begins them."""
-    plain = say("--num_samples=3")
-    out = say("--num_samples=3", f"--html={tmp_path / 'a.html'}")
-    assert out.rsplit("\n\n", 1)[0] == plain.rsplit("\n\n", 1)[0]
+    plain, out = say("--num_samples=3"), say("--num_samples=3", f"--html={tmp_path / 'a.html'}")
     assert out.endswith(f"\npage: {tmp_path / 'a.html'}\n")
-    samples = read_page(tmp_path / "a.html")["samples"]
-    texts = re.split(r"\n--- sample \d of 3\n", plain.rsplit("\n\n", 1)[0] + "\n")[1:]
-    assert ["".join(row["text"] for row in rows) for rows in samples] == [text[:-1] for text in texts]
-    assert all(rows[0]["text"] == "" and "endoftext" in rows[0]["name"] for rows in samples)
+    pages = read_page(tmp_path / "a.html")["samples"]
+    assert ["".join(row["text"] for row in rows) + "\n" for rows in pages] == samples(plain, 3)
+    assert samples(plain, 3) == samples(out, 3)
+    assert all(rows[0]["text"] == "" and "endoftext" in rows[0]["name"] for rows in pages)
 
 
 def test_no_text_ends_the_script_of_the_page(say, run, tmp_path):
     """What would end the script, or begin a comment in it, is data like any other."""
-    folder = tmp_path / "<!--<script><" / "script><b>&"
-    shutil.copytree(run, folder)
+    folder = shutil.copytree(run, tmp_path / "<!--<script><" / "script><b>&")
     say(f"--prompt={HOSTILE}", f"--html={tmp_path / 'a.html'}", out_dir=folder)
-    data = read_page(tmp_path / "a.html")
-    assert data["about"][0].startswith(f"{folder}/best.pt: ") and "</script><b>&" in data["about"][0]
+    about = read_page(tmp_path / "a.html")["about"]
+    assert about[0].startswith(f"{folder}/best.pt: ") and "</script><b>&" in about[0]
 
 
 def test_tokens_of_the_page_have_printable_names(tokenizer):
@@ -485,23 +502,61 @@ def test_a_page_that_cannot_be_written(fails, tmp_path, monkeypatch, name):
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
 
 
-def test_ctrl_c_leaves_a_page_of_what_was_written(say, monkeypatch, tmp_path):
-    """After Ctrl-C the page has what was printed until then."""
-    interrupt(monkeypatch, after=4)
-    out = say("--prompt=def", "--num_samples=3", f"--html={tmp_path / 'a.html'}")
-    (rows,) = read_page(tmp_path / "a.html")["samples"]
-    assert [row["prompt"] for row in rows].count(False) == 3
-    assert "".join(row["text"] for row in rows).rstrip("\ufffd") in out
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_a_failure_leaves_the_old_page(say, monkeypatch, tmp_path):
-    """What breaks off with an error neither replaces an older page nor leaves half of a new one."""
-    path = tmp_path / "a.html"
-    path.write_text("old")
-    interrupt(monkeypatch, after=4, error=RuntimeError)
-    with pytest.raises(RuntimeError):
-        say("--prompt=def", f"--html={path}")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+def read_picture(svg):
+    """The cells of a picture: text, background, colour. Each begins where the last one ends, or on a new line
+    after a line break or where it does not fit into the rest of 100 columns; and none is cut off."""
+    root = ElementTree.fromstring(svg)
+    page, *rects = root.iter(f"{SVG}rect")
+    assert root.tag == f"{SVG}svg" and page.get("fill") == "white"
+    assert root.get("{http://www.w3.org/XML/1998/namespace}space") == "preserve"
+    cells, x, y = [], 8, 8
+    for rect, text in zip(rects, root.iter(f"{SVG}text"), strict=True):
+        width = 8 * len(text.text)
+        if x + width > 808 and text.text != "\n":
+            x, y = 8, y + 18
+        for element, size in ((rect, "width"), (text, "textLength")):
+            assert [element.get(key) for key in ("x", "y", size)] == [str(x), str(y), str(width)]
+        assert x + width <= int(root.get("width")) - 8 and y + 18 <= int(root.get("height")) - 8
+        cells.append((text.text, rect.get("fill"), text.get("fill")))
+        x, y = (8, y + 18) if text.text == "\n" else (x + width, y)
+    return cells
+
+
+def test_the_picture_is_the_last_text_on_its_colours(say, tmp_path):
+    """Every character of the last sample is there, on the legend's colour for the experts of its token."""
+    names = f"--html={tmp_path / 'a.html'}", f"--svg={tmp_path / 'a.svg'}"
+    out = say("--prompt=\ufffe\x1b</text>&\n\t'é🙂", "--num_samples=2", "--max_new_tokens=8", *names)
+    assert out.endswith(f"\npicture: {tmp_path / 'a.svg'}\n")
+    cells = read_picture((tmp_path / "a.svg").read_text(encoding="utf-8"))
+    title, swatches, line_break, cells = cells[0], cells[1:8], cells[8:10], cells[10:]
+    assert title[0] == "experts per token: " and [text for text, *_ in line_break] == ["\n", "\n"]
+    assert [text for text, *_ in swatches[::3]] == [" <1.3 ", " 1.9-2.1 ", " >2.7 "]
+    assert len({swatch[1:] for swatch in swatches}) == 7
+    expected = []
+    for row in read_page(tmp_path / "a.html")["samples"][1]:
+        mean = sum(map(len, row["experts"])) / 2
+        index = sum(mean >= 1 + 2 * i / 7 for i in range(1, 7))
+        expected += [(character, *swatches[index][1:]) for character in row["text"].replace("\t", "    ")]
+    assert [(character, *colours) for text, *colours in cells for character in text] == expected
+
+
+def test_the_picture_has_lines_of_100_columns():
+    """A token that is too long for the rest of a line goes to the next one, and on from there if need be."""
+    rows = [{"text": text, "experts": [[0]]} for text in ("a" * 60, "b" * 40, "\n", "c" * 60, "d" * 250, "")]
+    cells = read_picture(sample.picture(rows, 2))[10:]
+    assert [len(text) for text, *_ in cells] == [60, 40, 1, 60, 100, 100, 50]
+
+
+def test_colours_are_one_in_the_terminal_and_in_svg():
+    """A terminal's colours from 16 on are a cube of six steps, and from 232 on greys."""
+    steps = (0, 95, 135, 175, 215, 255)
+    for back, front, *named in sample.COLOURS:
+        cube = [steps[(back - 16) // base % 6] for base in (36, 6, 1)]
+        assert named[0] == "#" + bytes(cube if back < 232 else [10 * back - 2312] * 3).hex()
+        assert named[1] == {231: "white", 16: "black"}[front]
 
 
 # Points at the middle of each token, and notes what is there, what the panel then says, and the shades.
