@@ -317,6 +317,13 @@ def test_a_full_disk_does_not_end_the_run(start, after, tmp_path, capsys, monkey
     assert "saved iteration" not in out
 
 
+def test_a_lost_best_checkpoint_is_made_up_for(start, after, monkeypatch):
+    """When the disk was full at the lowest loss, best.pt is written as soon as it can be."""
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    after(4, lambda: monkeypatch.setattr(train, "save_checkpoint", save_checkpoint))
+    assert load_checkpoint(start(learning_rate=1e-30) / "best.pt")["step"] == 5  # the loss stays
+
+
 # ---- what is minimised, and how
 
 
