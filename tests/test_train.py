@@ -42,7 +42,7 @@ import train
 from config import parse
 from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
 from router import ROUTERS, Routing
-from train import TrainConfig, routing_summary
+from train import TrainConfig
 
 ESTIMATE = train.estimate  # most tests do without, for the forwards that they count
 RECORDED = json.loads((ROOT / "tests" / "recorded_losses.json").read_text())
@@ -71,28 +71,35 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def straight(dataset, tmp_path_factory):
-    """A run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("straight") / "run"
-    train.main(flags(**LONG, dataset=dataset, out_dir=folder))
-    return folder
+def train_once(dataset, tmp_path_factory):
+    """For runs that several tests look at: train with these settings, return the run's folder."""
+
+    def train_once(settings, *argv):
+        folder = tmp_path_factory.mktemp("once") / "run"
+        train.main([*flags(**settings, dataset=dataset, out_dir=folder), *argv])
+        return folder
+
+    return train_once
 
 
 @pytest.fixture(scope="module")
-def printed(dataset, tmp_path_factory):
+def straight(train_once):
+    """A run that nothing interrupted."""
+    return train_once(LONG)
+
+
+@pytest.fixture(scope="module")
+def printed(train_once):
     """A short run, and what it printed."""
-    folder = tmp_path_factory.mktemp("printed") / "run"
-    settings = {"max_iters": 7, "log_interval": 2, "sample_tokens": 20}
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        train.main(flags(**TINY | settings, dataset=dataset, out_dir=folder))
+        folder = train_once(TINY | {"max_iters": 7, "log_interval": 2, "sample_tokens": 20})
     return folder, out.getvalue()
 
 
 @pytest.fixture(scope="module")
-def topk_run(dataset, tmp_path_factory):
+def topk_run(train_once):
     """A short TopK run whose best.pt and last.pt differ."""
-    folder = tmp_path_factory.mktemp("topk") / "run"
-    train.main(flags(**TINY | {"max_iters": 2}, dataset=dataset, out_dir=folder, router="topk"))
+    folder = train_once(TINY | {"max_iters": 2, "router": "topk"})
     best = load_checkpoint(folder / "best.pt")
     best["model"] = {name: weight * 1.01 for name, weight in best["model"].items()}
     torch.save(best, folder / "best.pt")
@@ -167,13 +174,13 @@ def full(path, model, **extra):
 
 
 @pytest.fixture(scope="module", params=RECORDED)
-def recorded(request, dataset, tmp_path_factory):
+def recorded(request, train_once):
     """A run whose losses were recorded: its router, its log, and the routers of its evaluations."""
-    folder, evaluated, evaluate = tmp_path_factory.mktemp("recorded") / "run", [], train.evaluate
+    evaluated, evaluate = [], train.evaluate
     length = {"max_iters": 12, "eval_interval": 12, "eval_windows": 8}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "evaluate", lambda run, name: evaluated.append(name) or evaluate(run, name))
-        train.main([*flags(**TINY | length, dataset=dataset, out_dir=folder), *request.param.split()])
+        folder = train_once(TINY | length, *request.param.split())
     router = load_checkpoint(folder / "last.pt")["config"]["router"]
     evals = entries(folder, "eval")
     losses = {which: [entry[which]["loss"] for entry in evals] for which in ("causal", "as_trained")}
@@ -329,7 +336,7 @@ def test_a_lost_best_checkpoint_is_made_up_for(start, after, monkeypatch):
 
 def test_loss_by_hand(make_run):
     """losses() is the cross-entropy plus the auxiliary losses times their coefficients; gradients too."""
-    run = make_run(balance_coef=0.3, z_coef=0.2)
+    run = make_run(balance_coef=0.3, z_coef=0.2, entropy_coef=0.5)
     inputs = []
     for block in run.model.blocks:
         block.mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -342,7 +349,8 @@ def test_loss_by_hand(make_run):
         mask = ref_seqtopk(scores.detach(), 2)
         share, probability = mask.sum((0, 1)) / mask.sum(), scores.mean((0, 1))
         balance, z = 4 * (share * probability).sum(), (logits.exp().sum(-1).log() ** 2).mean()
-        by_hand = by_hand + (0.3 * balance + 0.2 * z) / 2
+        entropy = torch.special.entr(scores).sum(-1).mean()
+        by_hand = by_hand + (0.3 * balance + 0.2 * z + 0.5 * entropy) / 2
     total, loss, _ = train.losses(run, x, y)
     torch.testing.assert_close(total, by_hand)
     torch.testing.assert_close(loss, cross_entropy.detach())
@@ -440,22 +448,16 @@ def test_what_a_router_learns_by_hand(start, seen, router):
     assert_same(seen[8].weights, last["model"])
 
 
-def test_losses_of_routers_by_hand(make_run):
-    """The weighted entropy is added where asked for, and under remoe the L1 loss with its own weight."""
-    remoe = {"router": "remoe", "score_fn": "relu"}
-    for settings in (remoe | {"entropy_coef": 0.5}, {}, remoe | {"first_router": "topk", "first_iters": 1}):
-        run = make_run(**settings, balance_coef=0, z_coef=0)
-        for layer in run.model.expert_layers():
-            for coef in layer.router_state().values():
-                coef.fill_(0.25)
-        total, loss, stats = train.losses(run, *train.batch(run, 0))
-        scores = torch.stack([layer.scores for layer in stats.routing])  # (L, B, T, E)
-        share = scores / scores.sum(-1, keepdim=True).clamp(min=1e-9)
-        entropy = torch.special.entr(share).sum(-1).mean()
-        l1 = (stats.load[:, None, None] * 4 / (2 * 4 * 32) * scores).sum(-1).mean()
-        more = 0.5 * entropy + 0.25 * l1 if "entropy_coef" in settings else 0.0
-        torch.testing.assert_close(total, loss + more)
-        assert more != 0.0 or total == loss
+@pytest.mark.parametrize("first", [{}, {"first_router": "topk", "first_iters": 1}], ids=["remoe", "topk"])
+def test_the_loss_of_a_router_by_hand(make_run, first):
+    """Under remoe, and only under it, its L1 loss, weighed by its state, is added: the mean over layers."""
+    run = make_run(router="remoe", score_fn="relu", balance_coef=0, z_coef=0, **first)
+    for layer in run.model.expert_layers():
+        layer.router_state()["l1_coef"].fill_(0.25)
+    total, loss, stats = train.losses(run, *train.batch(run, 0))
+    scores = torch.stack([layer.scores for layer in stats.routing])  # (L, B, T, E)
+    l1 = (stats.load[:, None, None] * 4 / (2 * 4 * 32) * scores).sum(-1).mean()
+    torch.testing.assert_close(total, loss if first else loss + 0.25 * l1)
 
 
 def test_the_first_router_is_first(start, seen):
@@ -550,21 +552,6 @@ def test_evaluation_by_hand(make_run, router):
     for key, value in by_hand.items():
         assert result[key] == pytest.approx(value, rel=1e-5), key
     assert result["bpb"] < result["loss"]  # fewer than ln 2 tokens to a byte
-
-
-@pytest.mark.parametrize(
-    ("load", "entropy", "dead"),
-    [
-        ([[8, 8, 8, 8], [2, 2, 2, 2]], 1.0, 0),
-        ([[32, 0, 0, 0], [0, 0, 8, 0]], 0.0, 6),
-        ([[16, 16, 0, 0], [8, 8, 8, 8]], 0.75, 2),
-    ],
-)
-def test_routing_summary(load, entropy, dead):
-    """Entropy is 1 when all experts get the same, 0 when one gets all; mean over layers."""
-    summary = routing_summary(torch.tensor(load), torch.tensor([1, 2, 2, 4]))
-    assert summary["entropy"] == pytest.approx(entropy) and summary["dead"] == dead
-    assert summary["experts"] == [2.25, 1, 4]
 
 
 def test_evaluation_is_a_function_of_the_weights(make_run):
@@ -879,21 +866,9 @@ def test_what_no_number_may_be():
         ("--learning_rate=-1", "learning_rate is -1.0, but must be above 0"),
         ("--beta2=1", "beta2 is 1.0, but must be from 0 to below 1"),
         ("--n_exprt=4", "did you mean n_expert"),
-        ("--batch_size=four", "--batch_size=four"),
-        ("--batch_size=2.5", "whole number"),
-        ("--learning_rate=nan", "--learning_rate=nan"),
-        ("--norm_topk=maybe", "true or false"),
         ("nowhere.py", "nowhere.py"),
         ("--k=5", "k is 5, but must be from 1 to n_expert = 4"),
-        ("--k=0", "k is 0"),
-        ("--min_experts=3", "min_experts is 3, but must be from 0 to k = 2"),
-        ("--max_experts=1", "max_experts is 1"),
-        ("--max_experts=5", "max_experts is 5"),
-        ("--n_head=5", "n_embd is 32, but must be a multiple of n_head = 5"),
-        ("--n_kv_head=3", "n_kv_head is 3"),
-        ("--n_hidden=12", "n_hidden is 12, but must be a multiple of 8"),
         ("--router=topq", "router is topq, but must be one of topk, "),
-        ("--score_fn=tanh", "score_fn is tanh, but must be one of softmax, sigmoid, relu"),
         ("--device=tpu", "device is tpu, but this machine has cpu"),
         ("--device=cuda:99", "device is cuda:99, but this machine has cpu"),
         ("--dtype=int8", "dtype is int8, but must be auto, float32"),
@@ -904,13 +879,9 @@ def test_what_no_number_may_be():
         ("--vocab_size=301", "vocab_size is 301, but must be 0 or the data's 300"),
         ("--block_size=100000", "fewer than one window of block_size + 1 = 100001"),
         ("--seed=1000000000000000000000000000000", "seed"),
-        ("--entropy_coef=-1", "entropy_coef is -1.0"),
-        ("--router=remoe", "router remoe needs score_fn=relu"),
         ("--router=remoe --score_fn=relu --bias_rate=0.1", "router remoe needs bias_rate=0"),
-        ("--router=expert_threshold", "needs score_fn=sigmoid"),
         ("--router=expert_threshold --score_fn=sigmoid --bias_rate=0.1", "needs bias_rate=0"),
         ("--router=top_p --bias_rate=0.1", "router top_p needs bias_rate=0"),
-        ("--router=null_experts --norm_topk=true --n_null=3", "n_null is 3, but must be a multiple of 2"),
         ("--first_router=expert_choice", "first_iters is 0, but must be at least 1 for first_router"),
         ("--first_iters=5", "first_router is None, but must be one of topk, "),
         ("--first_router=topp --first_iters=5", "first_router is topp, but must be one of topk, "),
@@ -922,7 +893,10 @@ def test_what_no_number_may_be():
     ],
 )
 def test_bad_settings(fails, topk_run, dataset, tmp_path, argv, words):
-    """Each is one line that names the value and what is allowed, and the run in out_dir stays where it is."""
+    """Each is one line that names the value and what is allowed, and the run in out_dir stays where it is.
+
+    (What config.parse and MoEConfig refuse is in their tests; here one of each reaches the command line.)
+    """
     folder = shutil.copytree(topk_run, tmp_path / "run")
     assert words in fails(*flags(**TINY, dataset=dataset, out_dir=folder), *argv.split())
 
