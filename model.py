@@ -812,12 +812,8 @@ class MoEGPT(nn.Module):
         kind = hugging_face.family_of(asdict(config), asdict(MoEConfig()), routing_settings())
         biased = any(layer.bias.any() for layer in self.expert_layers())
         require(not biased, "the bias for selection (bias_rate)", "in use", "0 to be saved for transformers")
-        widths = {
-            "head_width": config.head_dim,
-            "dense_hidden": config.dense_width,
-            "n_kv_head": config.kv_heads,
-        }
-        settings = asdict(config) | widths
+        settings = asdict(config) | {"head_width": config.head_dim, "dense_hidden": config.dense_width}
+        settings["n_kv_head"] = config.kv_heads
         hugging_face.write_checkpoint(Path(path), kind, settings, weights, tokenizer or {}, shard_bytes)
 
 

@@ -23,13 +23,11 @@ from tqdm import tqdm
 from data.answers import Answers, pack, train_windows
 from data.hugging_face import hf_tokenizer, is_hugging_face
 from data.source import pieces
-from data.tokenizer import AnyTokenizer, Tokenizer, gpt2_tokenizer, make_tokenizer, train_bpe
+from data.tokenizer import AnyTokenizer, make_tokenizer, train_bpe
 
 __all__ = [
     "AnyTokenizer",
     "Dataset",
-    "Tokenizer",
-    "gpt2_tokenizer",
     "hf_tokenizer",
     "is_hugging_face",
     "load",
@@ -75,7 +73,7 @@ def load(dataset: str) -> Dataset:
     ValueError, one line: unknown, missing, truncated or empty dataset, or ids outside the vocabulary.
     """
     folder = _folder_of(dataset)
-    if _missing(folder) and folder.parent == HOME and (folder / "prepare.py").is_file():
+    if _missing(folder) and _is_known(folder):
         importlib.import_module(f"data.{folder.name}.prepare").main([])
     if missing := _missing(folder):
         raise ValueError(f"{folder} has no {missing}; {_remedy(folder)}")
@@ -85,7 +83,8 @@ def load(dataset: str) -> Dataset:
         if (found := (folder / name).stat().st_size) != size:
             raise ValueError(f"{folder / name} has {found} bytes and not {size}; {_remedy(folder)}")
     train, val = (_open_tokens(folder / f"{split}.bin", meta, tokenizer.vocab_size) for split in SPLITS)
-    answers = (_open_answers(folder / f"{split}_learn.bin", meta) for split in SPLITS)
+    learn = [folder / f"{split}_learn.bin" for split in SPLITS]
+    answers = [Answers(np.fromfile(path, np.uint8)) if path.name in meta["files"] else None for path in learn]
     return Dataset(train, val, tokenizer, meta, folder, *answers)
 
 
@@ -139,14 +138,13 @@ def write_dataset(
     Everything is written beside the old dataset first: if that fails, the old one stays whole.
     ValueError: an id or a character that the tokenizer lacks, an empty split.
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"vocab_size": tokenizer.vocab_size, "source_sha256": source_sha256, **meta}
-    about["dtype"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    about = {"vocab_size": tokenizer.vocab_size, "source_sha256": source_sha256, **meta, "dtype": dtype}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
         new = Path(temporary)
-        for split, docs in (("train", train_docs), ("val", val_docs)):
-            about[split] = _write_tokens(new / f"{split}.bin", docs, tokenizer, DTYPES[about["dtype"]])
+        for split, docs in zip(SPLITS, (train_docs, val_docs)):
+            about[split] = _write_tokens(new / f"{split}.bin", docs, tokenizer, DTYPES[dtype])
         for name, content in (files or {}).items():
             (new / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         about["files"] = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
@@ -157,12 +155,16 @@ def write_dataset(
 
 
 def _folder_of(dataset: str) -> Path:
-    names = sorted(path.parent.name for path in HOME.glob("*/prepare.py"))
-    if dataset in names:
+    if _is_known(HOME / dataset):
         return HOME / dataset
     if Path(dataset).is_dir():
         return Path(dataset).resolve()
-    raise ValueError(f"unknown dataset {dataset!r}; give {', '.join(names)}, or a folder with a meta.json")
+    names = ", ".join(sorted(path.parent.name for path in HOME.glob("*/prepare.py")))
+    raise ValueError(f"unknown dataset {dataset!r}; give {names}, or a folder with a meta.json")
+
+
+def _is_known(folder: Path) -> bool:
+    return folder.parent == HOME and (folder / "prepare.py").is_file()
 
 
 def _missing(folder: Path) -> str | None:
@@ -182,8 +184,7 @@ def _read_meta(folder: Path) -> dict:
 
 
 def _remedy(folder: Path) -> str:
-    known = folder.parent == HOME and (folder / "prepare.py").is_file()
-    return f"make it again: python data/{folder.name}/prepare.py" if known else "prepare it again"
+    return f"make it again: python data/{folder.name}/prepare.py" if _is_known(folder) else "prepare it again"
 
 
 def _open_tokens(path: Path, meta: dict, vocab_size: int) -> np.ndarray:
@@ -195,17 +196,11 @@ def _open_tokens(path: Path, meta: dict, vocab_size: int) -> np.ndarray:
     return tokens
 
 
-def _open_answers(path: Path, meta: dict) -> Answers | None:
-    return Answers(np.fromfile(path, np.uint8)) if path.name in meta["files"] else None
-
-
 def _whole_windows(n_tokens: int, block_size: int) -> int:
     """Windows of block_size inputs that fit, each with one more token as the last target."""
     if n_tokens < block_size + 1:
-        raise ValueError(
-            f"{n_tokens} tokens are fewer than one window of block_size + 1 = {block_size + 1}; "
-            "use a smaller block_size or more text"
-        )
+        window, remedy = f"one window of block_size + 1 = {block_size + 1}", "use a smaller one, or more text"
+        raise ValueError(f"{n_tokens} tokens are fewer than {window}: {remedy}")
     return (n_tokens - 1) // block_size
 
 
@@ -270,9 +265,8 @@ def _ids(tokenizer: AnyTokenizer, part: Document | None) -> np.ndarray:
         return tokenizer.encode_array(part)
     ids = np.asarray(part, np.int64)
     if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
-        raise ValueError(
-            f"a document holds ids {ids.min()}..{ids.max()}; allowed are 0..{tokenizer.vocab_size - 1}"
-        )
+        allowed = f"0..{tokenizer.vocab_size - 1}"
+        raise ValueError(f"a document holds ids {ids.min()}..{ids.max()}; allowed are {allowed}")
     return ids
 
 

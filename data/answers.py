@@ -1,15 +1,14 @@
 """Windows of prompt/answer pairs, of which only the answers are learned.
 
 A window begins where a pair begins, as a prompt does when the model is used, and goes on with other pairs.
-The one that does not fit to its end is there for the model to read and is learned in the next window, where
-it stands first; so an epoch learns every answer once, each time among other neighbours. Nothing is padding:
-SeqTopK gives a window T*K pairs of token and expert whatever is in it, and padding would compete for them
-(or, left out, lend its share to the others). A window as long as the longest pair therefore comes nearest to
-the use of the model, where a sequence is one pair, and costs nothing in speed.
+A pair that does not fit to its end is only read there; it is learned in the next window, where it stands
+first. So an epoch learns every answer once, each time among other neighbours. No window is padded, because
+SeqTopK gives it T*K pairs of token and expert whatever is in it: padding would compete for them or, left out,
+lend its share to the others. A window as long as the longest pair comes nearest to the use of the model,
+where a sequence is one pair, and costs nothing in speed.
 """
 
 import functools
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -43,14 +42,13 @@ class Answers:
 
     def _row(self, order: np.ndarray, begin: int, end: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """(size,) places of a window's tokens, and whether they are learned: those of pairs before `end`."""
-        parts, filled, whole = [], 0, 0
-        for place in itertools.count(begin):
-            if filled >= size:
-                break
+        place, parts, filled, whole = begin, [], 0, 0
+        while filled < size:
             pair = order[place % len(order)]
             parts.append(np.arange(self.bounds[pair], self.bounds[pair + 1]))
             filled += len(parts[-1])
             whole = filled if place < end else whole
+            place += 1
         places = np.concatenate(parts)[:size]
         return places, (np.arange(size) < whole) & (self.learn[places] == 1)
 

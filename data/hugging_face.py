@@ -134,21 +134,22 @@ class HFTokenizer:
         return hashlib.sha256(f"{self.eot} {self.meta['json']}".encode()).hexdigest()
 
 
-def _byte_level(token: str) -> bytes:
+def read_byte_level(token: str) -> bytes:
     known = BYTE_OF_CHAR.keys() >= set(token)  # tokens for special uses may be plain text
     return bytes(BYTE_OF_CHAR[char] for char in token) if known else token.encode()
 
 
-def _byte_fallback(token: str) -> bytes:
+def read_byte_fallback(token: str) -> bytes:
     byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
     return bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode()
 
 
 # GPT-2 writes bytes as characters: visible ones of Latin-1 as themselves, the others as those from 256 on
-_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _VISIBLE]
-BYTE_OF_CHAR = {chr(b): b for b in _VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
-TOKEN_BYTES = {"ByteLevel": _byte_level, "ByteFallback": _byte_fallback}  # by a decoder in tokenizer.json
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
+BYTE_OF_CHAR = {chr(b): b for b in VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(OTHERS)}
+# by the decoder in tokenizer.json
+TOKEN_BYTES = {"ByteLevel": read_byte_level, "ByteFallback": read_byte_fallback}
 
 
 def hf_tokenizer(name_or_path: str) -> HFTokenizer:
@@ -165,8 +166,9 @@ def hf_tokenizer(name_or_path: str) -> HFTokenizer:
 
 def end_of_text(folder: Path, added: dict[str, int]) -> int | None:
     """The id of eos_token in tokenizer_config.json, or else eos_token_id (the first) in config.json."""
-    paths = [folder / "config.json", folder / "tokenizer_config.json"]
-    said = functools.reduce(dict.__or__, (read_json(path) for path in paths if path.is_file()), {})
+    said, paths = {}, [folder / "config.json", folder / "tokenizer_config.json"]
+    for path in filter(Path.is_file, paths):
+        said |= read_json(path)
     token, eot = said.get("eos_token"), said.get("eos_token_id")
     token = token["content"] if isinstance(token, dict) else token
     return added.get(token, eot[0] if isinstance(eot, list) else eot)
@@ -361,18 +363,16 @@ def family_of(config: dict, defaults: dict, free: Iterable[str]) -> str:
     defaults: what MoEConfig has where nothing is said. Raises ValueError naming a field that no family can
     express.
     """
-    require(
-        config["n_expert"] >= 2, "n_expert", config["n_expert"], "at least 2 to be saved for transformers"
-    )
+    n_expert = config["n_expert"]
+    require(n_expert >= 2, "n_expert", n_expert, "at least 2 to be saved for transformers")
     unlike = {}
     for kind, family in FAMILIES.items():
-        said = {*family.keys.values(), *free}
-        always = {field: value for field, value in (defaults | family.implied).items() if field not in said}
-        unlike[kind] = {field: value for field, value in always.items() if config[field] != value}
+        said, always = {*family.keys.values(), *free}, defaults | family.implied
+        unlike[kind] = {f: value for f, value in always.items() if f not in said and config[f] != value}
     nearest = min(unlike, key=lambda kind: len(unlike[kind]))
     for field, value in unlike[nearest].items():
         allowed = f"{value} to be saved as {nearest}, the nearest family"
-        require(False, field, config[field], allowed)
+        require(config[field] == value, field, config[field], allowed)
     return nearest
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
+from config import require
 from data.hugging_face import HFTokenizer, hf_tokenizer, is_hugging_face
 from data.source import pieces, sample
 
@@ -44,9 +45,8 @@ class Tokenizer:
                 self.name, pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special"]
             )
         except (KeyError, TypeError, ValueError) as err:
-            raise ValueError(
-                f"this is not the description of a tokenizer: {type(err).__name__} {err}"
-            ) from err
+            why = f"{type(err).__name__} {err}"
+            raise ValueError(f"this is not the description of a tokenizer: {why}") from err
         self.vocab_size = len(ranks) + len(meta["special"])
         self._known_bytes = frozenset(token[0] for token in ranks if len(token) == 1)
         self._ranks = ranks
@@ -69,11 +69,8 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of the ids, end-of-text written out. ValueError names an id outside the vocabulary."""
         ids = [int(i) for i in ids]
-        foreign = [i for i in ids if not 0 <= i < self.vocab_size]
-        if foreign:
-            raise ValueError(
-                f"token id {foreign[0]} is not in the vocabulary: allowed are 0..{self.vocab_size - 1}"
-            )
+        foreign = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        require(foreign is None, "token id", foreign, f"0 to {self.vocab_size - 1}, as in the vocabulary")
         return self._encoding.decode_bytes(ids)
 
     @functools.cached_property
@@ -118,8 +115,8 @@ def train_bpe(
     be learned; such a tokenizer refuses text with other characters. ValueError: vocab_size outside
     257..65536.
     """
-    if not N_BYTES < vocab_size <= MAX_VOCAB:
-        raise ValueError(f"vocab_size is {vocab_size}; allowed are {N_BYTES + 1}..{MAX_VOCAB}")
+    fits = N_BYTES < vocab_size <= MAX_VOCAB
+    require(fits, "vocab_size", vocab_size, f"{N_BYTES + 1} to {MAX_VOCAB}")
     texts = [piece for text in texts for piece in pieces(text)]
     seen = set().union(*(text.encode() for text in texts)) if only_seen_bytes else set(range(N_BYTES))
     trainer = rustbpe.Tokenizer()

@@ -1,5 +1,6 @@
 """Tokenizers, dataset files, the loader, and the data sets that need no network."""
 
+import base64
 import hashlib
 import json
 import re
@@ -12,22 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from tiktoken_ext import openai_public
 
 import data
 import data.source
-from data import (
-    Tokenizer,
-    gpt2_tokenizer,
-    hf_tokenizer,
-    load,
-    make_tokenizer,
-    train_batch,
-    train_bpe,
-    val_batches,
-    write_dataset,
-)
+from data import hf_tokenizer, load, make_tokenizer, train_batch, train_bpe, val_batches, write_dataset
 from data.answers import Answers, pack
 from data.arithmetic import prepare as arithmetic
 from data.gsm8k import prepare as gsm8k
@@ -36,10 +28,9 @@ from data.pysource import prepare as pysource
 from data.shakespeare import prepare as shakespeare
 from data.source import pieces, sample
 from data.textfile import prepare as textfile
-from data.tokenizer import END_OF_TEXT, choose_tokenizer
+from data.tokenizer import END_OF_TEXT, SPLIT, Tokenizer, choose_tokenizer, gpt2_tokenizer
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 TEXT = "".join(
     f"Line {i} has words, {i * 7919 % 1000} numbers\n    and some structure.\n" for i in range(300)
 )
@@ -58,6 +49,13 @@ def dataset(tmp_path, bpe):
     return tmp_path
 
 
+def refused(words, call, *args):
+    """The call is a ValueError or an OSError of one line with these words."""
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+
+
 # ---- tokenizers
 
 
@@ -71,43 +69,42 @@ def test_decode_inverts_encode(bpe, text):
 
 
 def test_vocabulary_counts_the_special_token(bpe):
-    """A trained vocabulary has the size asked for, its last id is end-of-text, and that counts no bytes."""
+    """A vocabulary has the size asked for, or less without gaps if the text has too few pairs; its last id is
+    end-of-text, and that counts no bytes."""
     assert (bpe.vocab_size, bpe.eot) == (350, 349)
     assert bpe.token_bytes.shape == (350,) and bpe.token_bytes.dtype == np.int64
     assert bpe.token_bytes[bpe.eot] == 0 and (bpe.token_bytes[:-1] > 0).all()
     assert bpe.decode([bpe.eot]) == END_OF_TEXT
+    tiny = train_bpe(["aaab aaab"], 1000, "tiny")
+    assert tiny.vocab_size < 300 and tiny.decode(tiny.encode("aaab!")) == "aaab!"
 
 
-def test_tokenizer_survives_json(bpe):
-    """A tokenizer rebuilt from the JSON of its meta encodes alike and has the same fingerprint."""
-    again = Tokenizer(json.loads(json.dumps(bpe.meta)))
+def test_a_tokenizer_is_its_meta(bpe):
+    """Rebuilt from the JSON of its meta, or trained again, it encodes alike and has the same fingerprint."""
+    again = make_tokenizer(json.loads(json.dumps(bpe.meta)))
     assert again.encode(ODD) == bpe.encode(ODD)
-    assert again.fingerprint == bpe.fingerprint != train_bpe([TEXT], 351, "test").fingerprint
+    assert again.fingerprint == bpe.fingerprint == train_bpe(iter([TEXT]), 350, "test").fingerprint
+    assert bpe.fingerprint != train_bpe([TEXT], 351, "test").fingerprint
 
 
-def test_training_is_deterministic(bpe):
-    """The same texts give the same tokenizer."""
-    assert train_bpe(iter([TEXT]), 350, "test").fingerprint == bpe.fingerprint
+def in_tiktokens_words(meta):
+    ranks = {base64.b64decode(token): rank for rank, token in enumerate(meta["ranks"])}
+    words = {"name": "x", "pat_str": meta["pattern"], "special_tokens": meta["special"]}
+    return words | {"mergeable_ranks": ranks}
 
 
-@pytest.mark.parametrize("pattern", [data.tokenizer.SPLIT, openai_public.r50k_pat_str, arithmetic.SPLIT])
+@pytest.mark.parametrize("pattern", [SPLIT, openai_public.r50k_pat_str, arithmetic.SPLIT])
 def test_cutting_a_text_changes_no_token(pattern):
     """Cut at newlines between visible characters, a text encodes as it does whole."""
-    tokenizer = train_bpe([TEXT, ODD], 600, "cut", pattern)
+    tokenizer = train_bpe([TEXT, ODD, *["x \n"] * 99], 600, "cut", pattern)
     text = (TEXT + ODD + "\n\n x\n\nit\n's\n9\n9.\n.\n") * 20
     cut = [part for line in text.splitlines(keepends=True) for part in pieces(line + "x\n'" + line, 40)]
     assert all(0 < len(part) <= 40 for part in cut)
-    parts = list(pieces(text, 500))
-    assert "".join(parts) == text and len(parts) > len(text) / 500
-    whole = tokenizer._encoding.encode_ordinary(text)
-    assert [i for part in parts for i in tokenizer.encode(part)] == whole
-
-
-def test_fewer_merges_than_asked():
-    """A text with too few pairs gives a smaller vocabulary without gaps."""
-    tokenizer = train_bpe(["aaab aaab"], 1000, "tiny")
-    assert tokenizer.vocab_size < 300
-    assert tokenizer.decode(tokenizer.encode("aaab!")) == "aaab!"
+    reference = tiktoken.Encoding(**in_tiktokens_words(tokenizer.meta))
+    for whole, size in ((text, 500), ("word \nnext.\n" * 99, 20)):
+        parts = list(pieces(whole, size))
+        assert "".join(parts) == whole and len(parts) > len(whole) / size
+        assert [i for part in parts for i in tokenizer.encode(part)] == reference.encode_ordinary(whole)
 
 
 def test_unseen_characters_are_named():
@@ -115,23 +112,21 @@ def test_unseen_characters_are_named():
     tokenizer = train_bpe(["hello world"], 300, "few", only_seen_bytes=True)
     assert sum(tokenizer.token_bytes == 1) == len(set("hello world"))
     assert tokenizer.decode(tokenizer.encode("hold")) == "hold"
-    with pytest.raises(ValueError, match=r"'few' has no token for 'x', 'é'$"):
-        tokenizer.encode("hexéx")
+    refused(r"'few' has no token for 'x', 'é'$", tokenizer.encode, "hexéx")
 
 
-def test_foreign_ids_and_broken_characters_are_refused(bpe):
-    """Foreign ids, lone surrogates, impossible sizes and foreign descriptions are ValueErrors."""
+def test_what_tokenizers_refuse(bpe, dataset):
+    """Foreign ids, lone surrogates, impossible sizes, foreign descriptions, and files without a tokenizer."""
     for bad in ([350], [-1]):
-        with pytest.raises(ValueError, match=r"allowed are 0..349"):
-            bpe.decode(bad)
-    with pytest.raises(ValueError, match="surrogate"):
-        bpe.encode("a\ud800b")
+        refused("token id is .*, but must be 0 to 349", bpe.decode, bad)
+    refused("surrogate", bpe.encode, "a\ud800b")
     for size in (256, 65537):
-        with pytest.raises(ValueError, match=rf"vocab_size is {size}; allowed are 257\.\.65536"):
-            train_bpe(["a"], size, "x")
+        refused(f"vocab_size is {size}, but must be 257 to 65536", train_bpe, ["a"], size, "x")
     for meta in ({}, {"name": "x", "ranks": 3}, {**bpe.meta, "special": {}}):
-        with pytest.raises(ValueError, match="not the description of a tokenizer"):
-            Tokenizer(meta)
+        refused("not the description of a tokenizer", make_tokenizer, meta)
+    refused("--tokenizer=gtp2 is neither", choose_tokenizer, "gtp2", [TEXT], 300, "x")
+    (dataset / "meta.json").write_text("[]")
+    refused("holds no tokenizer", choose_tokenizer, str(dataset), [TEXT], 300, "x")
 
 
 def test_sample_is_spread_evenly():
@@ -142,40 +137,19 @@ def test_sample_is_spread_evenly():
     assert texts.index(chosen[-1]) > 950 and sample(texts) == texts
 
 
-def test_choose_tokenizer(dataset, bpe):
-    """--tokenizer takes the meta.json of a dataset or its folder; anything else is refused by name."""
-    for path in (dataset, dataset / "meta.json"):
-        assert choose_tokenizer(str(path), [], 999, "x").fingerprint == bpe.fingerprint
-    with pytest.raises(ValueError, match="--tokenizer=gtp2 is neither"):
-        choose_tokenizer("gtp2", [TEXT], 300, "x")
-    (dataset / "meta.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds no tokenizer"):
-        choose_tokenizer(str(dataset), [TEXT], 300, "x")
-
-
-def test_gpt2_from_tiktokens_cache(tmp_path, monkeypatch):
-    """GPT-2's BPE comes from tiktoken's cache without a network, and its meta alone is enough afterwards."""
-    if not (SHARED / "gpt2_vocab.bpe").is_file():
-        pytest.skip("no copy of GPT-2's vocabulary")
-    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    for name, file in (("vocab.bpe", "gpt2_vocab.bpe"), ("encoder.json", "gpt2_encoder.json")):
-        shutil.copyfile(SHARED / file, tmp_path / hashlib.sha1((base + name).encode()).hexdigest())
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+def test_gpt2_comes_from_tiktoken(monkeypatch, bpe):
+    """GPT-2's BPE is what tiktoken says, and its meta alone is enough afterwards; offline, what to do."""
+    parts = in_tiktokens_words(bpe.meta | {"pattern": openai_public.r50k_pat_str})
+    monkeypatch.setattr(openai_public, "gpt2", lambda: parts)
     tokenizer = Tokenizer(json.loads(json.dumps(gpt2_tokenizer().meta)))
-    assert (tokenizer.vocab_size, tokenizer.eot) == (50257, 50256)
-    assert tokenizer.encode("Hello world") == [15496, 995]
-    assert tokenizer.decode(tokenizer.encode(ODD)) == ODD
-
-
-def test_gpt2_unavailable_is_one_line(monkeypatch):
-    """Without network and cache the error says what to do instead."""
-
-    def offline():
-        raise ConnectionError("no route")
-
+    assert tokenizer.encode(ODD) == tiktoken.Encoding(**parts).encode_ordinary(ODD)
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.name) == (350, 349, "gpt2")
     monkeypatch.setattr(openai_public, "gpt2", offline)
-    with pytest.raises(ValueError, match=r"could not be downloaded \(ConnectionError\).*--tokenizer=bpe"):
-        choose_tokenizer("gpt2", [TEXT], 300, "x")
+    refused(r"could not be downloaded \(OSError\).*--tokenizer=bpe", choose_tokenizer, "gpt2", [], 300, "x")
+
+
+def offline(*args, **kwargs):
+    raise OSError("no route to host")
 
 
 # ---- tokenizers of pretrained models
@@ -209,33 +183,17 @@ def byte_level(tmp_path):
 def byte_fallback(tmp_path):
     """A folder with a tokenizer as Mixtral's: of characters, else bytes; <s> and a space before a text."""
     tokenizers = pytest.importorskip("tokenizers")
-    tokens = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "\u2581",
-        "a",
-        "b",
-        "\u2581a",
-    ]
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    special, letters = ["<unk>", "<s>", "</s>"], ["\u2581", "a", "b", "\u2581a"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     vocab = {token: i for i, token in enumerate(tokens)}
     model = tokenizers.models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True)
-    tokenizer, normalizers, decoders = (
-        tokenizers.Tokenizer(model),
-        tokenizers.normalizers,
-        tokenizers.decoders,
-    )
-    to_space = normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")
-    tokenizer.normalizer = normalizers.Sequence(list(to_space))
-    from_space = (
-        decoders.Replace("\u2581", " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1),
-    )
-    tokenizer.decoder = decoders.Sequence(list(from_space))
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = tokenizers.Tokenizer(model)
+    to_space = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    tokenizer.normalizer = normalizers.Sequence(to_space)
+    from_space, strip = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1)
+    tokenizer.decoder = decoders.Sequence([from_space, decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.add_special_tokens(special)
     template = tokenizers.processors.TemplateProcessing
     tokenizer.post_processor = template(single="<s> $A", special_tokens=[("<s>", 1)])
     return save_hf(tmp_path / "byte_fallback", tokenizer)
@@ -254,33 +212,35 @@ def test_byte_level_tokenizer_of_a_model(byte_level):
     assert tokenizer.decode([tokenizer.vocab_size + 5]) == "\ufffd"  # the embedding may be padded
 
 
-def test_byte_fallback_tokenizer_of_a_model(byte_fallback):
-    """Texts begin with <s> and a space; characters without a token become bytes; end-of-text is config's."""
+def test_byte_fallback_tokenizer_of_a_model(byte_fallback, tmp_path):
+    """Texts begin with <s> and a space; characters without a token become bytes; end-of-text is config's.
+    A document begins as every text does, however long it is."""
     tokenizer = hf_tokenizer(byte_fallback)
     ids = tokenizer.encode("a b\u00e9\n")
     assert tokenizer.start == (1,) and ids[0] == 1 and tokenizer.eot == 2
     assert tokenizer.decode(ids[1:]) == " a b\u00e9\n"
     assert tokenizer.token_bytes[ids].sum() == len(" a b\u00e9\n".encode())
     assert tokenizer.encode_array("a b\u00e9\n").tolist() == ids[1:]
+    write_dataset(tmp_path / "new", ["ab\nb" * 50_000, "a"], ["b"], tokenizer, "0" * 64)
+    train = load(str(tmp_path / "new")).train
+    assert (train == 1).nonzero()[0].tolist() == [0, (train == 2).argmax() + 1]
+    assert train[-3:].tolist() == [1, tokenizer.encode("a")[-1], 2]
 
 
-def test_tokenizer_of_a_model_survives_json(byte_level, tmp_path, bpe):
-    """make_tokenizer opens either kind from its meta; a copy elsewhere counts as the same tokenizer."""
+def test_whose_tokenizer_is_used_again(byte_level, dataset, bpe):
+    """A tokenizer of a model is its meta, too, and the same elsewhere; --tokenizer takes a Hugging Face
+    folder, and the meta.json of a dataset or its folder."""
     tokenizer = hf_tokenizer(byte_level)
     again = make_tokenizer(json.loads(json.dumps(tokenizer.meta)))
     assert again.encode(ODD) == tokenizer.encode(ODD) and again.fingerprint == tokenizer.fingerprint
-    copy = shutil.copytree(byte_level, tmp_path / "copy")
-    assert choose_tokenizer(str(copy), [], 999, "x").fingerprint == tokenizer.fingerprint
-    assert make_tokenizer(bpe.meta).fingerprint == bpe.fingerprint
+    copy = shutil.copytree(byte_level, dataset / "copy")
+    for path, same in ((copy, tokenizer), (dataset, bpe), (dataset / "meta.json", bpe)):
+        assert choose_tokenizer(str(path), [], 999, "x").fingerprint == same.fingerprint
 
 
-def test_documents_in_the_tokens_of_a_model(byte_fallback, tmp_path):
-    """Each document begins as every text does, however long it is, and ends with end-of-text."""
-    tokenizer = hf_tokenizer(byte_fallback)
-    write_dataset(tmp_path / "new", ["ab\nb" * 50_000, "a"], ["b"], tokenizer, "0" * 64)
-    opened = load(str(tmp_path / "new"))
-    assert (opened.train == 1).nonzero()[0].tolist() == [0, (opened.train == 2).argmax() + 1]
-    assert opened.train[-3:].tolist() == [1, tokenizer.encode("a")[-1], 2]
+def edit(folder, key, value):
+    said = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(said | {key: value}))
 
 
 @pytest.mark.parametrize(
@@ -296,27 +256,15 @@ def test_documents_in_the_tokens_of_a_model(byte_fallback, tmp_path):
 def test_bad_tokenizers_of_models(byte_fallback, damage, words):
     """Each is one line that names the folder or what is missing."""
     damage(Path(byte_fallback))
-    with pytest.raises(ValueError, match=words) as error:
-        hf_tokenizer(byte_fallback)
-    assert "\n" not in str(error.value)
-
-
-def edit(folder, key, value):
-    said = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps(said | {key: value}))
+    refused(words, hf_tokenizer, byte_fallback)
 
 
 def test_no_network_and_no_package(byte_level, monkeypatch):
     """A name that the Hub does not give, and a missing package, are one line with the remedy."""
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(
-        hub, "snapshot_download", lambda name, **files: exec("raise ConnectionError('no route')")
-    )
-    with pytest.raises(ValueError, match=r"nobody/nothing is no folder.*\(ConnectionError\)"):
-        choose_tokenizer("nobody/nothing", [], 300, "x")
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "snapshot_download", offline)
+    refused(r"nobody/nothing is no folder.*\(OSError\)", choose_tokenizer, "nobody/nothing", [], 300, "x")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r"needs tokenizers: pip install -r requirements-hf.txt"):
-        hf_tokenizer(byte_level)
+    refused("needs tokenizers: pip install -r requirements-hf.txt", hf_tokenizer, byte_level)
 
 
 # ---- the loader
@@ -352,33 +300,26 @@ def test_an_epoch_visits_each_window_once():
 
 
 def test_batches_are_a_pure_function_of_the_step():
-    """A step's batch never depends on earlier calls, and the stream of windows ignores the batch size."""
+    """A step's batch depends on the seed but not on earlier calls, and the stream of windows ignores the
+    batch size."""
     forward = [starts(step) for step in range(40)]
+    others = [starts(0, seed=seed) for seed in range(1, 9)]
     val_batches(TOKENS, BLOCK, BATCH, 5)
-    data._epoch_starts.cache_clear()
     assert [starts(step) for step in reversed(range(40))] == forward[::-1]
     stream = [start for batch in forward for start in batch]
     assert [start for step in range(20) for start in starts(step, batch=14)] == stream
+    assert len({*map(tuple, [forward[0], *others])}) == 9
 
 
-def test_a_batch_straddles_epochs():
-    """A batch may be larger than several epochs and is still full."""
+def test_short_epochs():
+    """A batch may straddle epochs and is still full; over many epochs every offset of the tiling occurs, and
+    no window reaches beyond the end."""
     x, _ = train_batch(TOKENS[:35], 1, 16, BLOCK, 0)  # 2 windows an epoch
     assert x.shape == (16, BLOCK)
     assert all(abs(int(a) - int(b)) == BLOCK for a, b in zip(x[::2, 0], x[1::2, 0], strict=True))
-
-
-def test_seeds_differ():
-    """Another seed gives another order."""
-    assert starts(0, seed=1) != starts(0, seed=2)
-
-
-def test_offsets_reach_every_place():
-    """Over many epochs every offset of the tiling occurs, and no window reaches beyond the end."""
-    tokens = np.arange(2 * BLOCK + 1).astype("<u2")  # one window an epoch
-    seen = {starts(step, batch=1, tokens=tokens)[0] for step in range(300)}
-    assert seen == set(range(BLOCK))
-    assert starts(0, batch=3, tokens=tokens[: BLOCK + 1]) == [0, 0, 0]
+    one_window = np.arange(2 * BLOCK + 1).astype("<u2")
+    assert {starts(step, batch=1, tokens=one_window)[0] for step in range(300)} == set(range(BLOCK))
+    assert starts(0, batch=3, tokens=TOKENS[: BLOCK + 1]) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("n_windows", [1, 3, 20, 99, 100, 1000])
@@ -391,9 +332,12 @@ def test_validation_windows_are_fixed_and_disjoint(n_windows):
     assert (gaps >= BLOCK).all() and (len(x) < 2 or gaps.max() - gaps.min() <= BLOCK)
     assert x[0, 0] == 0 and x[-1, 0] >= N * (1 - 1 / len(x)) - 2 * BLOCK
     assert all(len(x) == BATCH for x, _ in batches[:-1])
-    again = val_batches(TOKENS, BLOCK, BATCH, n_windows)
-    assert all(
-        torch.equal(a, b) for pair in zip(batches, again, strict=True) for a, b in zip(*pair, strict=True)
+    assert equal(batches, val_batches(TOKENS, BLOCK, BATCH, n_windows))
+
+
+def equal(batches, others):
+    return len(batches) == len(others) and all(
+        torch.equal(a, b) for pair in zip(batches, others) for a, b in zip(*pair)
     )
 
 
@@ -403,6 +347,10 @@ LENGTHS = [1 + n * 7 % 5 for n in range(40)]
 LEARN = np.array([bit for length in LENGTHS for bit in [0, 0, 0] + [1] * length], np.uint8)
 ANSWERS, PAIRS = Answers(LEARN), np.arange(len(LEARN)).astype("<u4")
 STARTS = np.cumsum([0, *(3 + length for length in LENGTHS)])
+
+
+def learned(y):
+    return sorted(y[y >= 0].tolist())
 
 
 @pytest.mark.parametrize("block", [7, 8, 20, 100, 1000])
@@ -415,65 +363,54 @@ def test_windows_begin_with_a_pair_and_an_epoch_learns_each_answer_once(block):
     assert {*x[:, 0].tolist()} <= {*STARTS.tolist()}
     assert {*x[:, 1:][x[:, 1:] != x[:, :-1] + 1].tolist()} <= {*STARTS.tolist()}
     assert torch.equal((x + 1)[y >= 0], y[y >= 0])
-    assert sorted(y[y >= 0].tolist()) == np.flatnonzero(LEARN).tolist()
+    assert learned(y) == np.flatnonzero(LEARN).tolist()
     assert ((y >= 0).any(1)).all()
 
 
 def test_long_pairs_are_cut():
     """An answer that does not fit is learned as far as it goes; with prompts too long, nothing can be."""
     y = torch.cat([y for _, y in val_batches(PAIRS, 4, 8, 100, ANSWERS)])
-    assert sorted(y[y >= 0].tolist()) == [
-        s + i for s, n in zip(STARTS, LENGTHS) for i in range(3, 3 + min(n, 2))
-    ]
-    with pytest.raises(ValueError, match="every prompt is longer than block_size = 2"):
-        val_batches(PAIRS, 2, 8, 100, ANSWERS)
+    assert learned(y) == [s + i for s, n in zip(STARTS, LENGTHS) for i in range(3, 3 + min(n, 2))]
+    refused("every prompt is longer than block_size = 2", val_batches, PAIRS, 2, 8, 100, ANSWERS)
 
 
 def test_batches_of_pairs_are_a_pure_function_of_the_step():
     """Epochs differ in the neighbours of pairs; steps come in any order; validation is always the same."""
     count, second_count = (len(pack(ANSWERS, 20, 0, epoch)) for epoch in (0, 1))
     y = train_batch(PAIRS, 0, count + second_count, 20, 0, ANSWERS)[1]
-    for part in (y[:count], y[count:]):
-        assert sorted(part[part >= 0].tolist()) == np.flatnonzero(LEARN).tolist()
+    assert learned(y[:count]) == learned(y[count:]) == np.flatnonzero(LEARN).tolist()
     first, second = (train_batch(PAIRS, step, count, 20, 0, ANSWERS)[0] for step in (0, 1))
     assert not {*map(tuple, first.tolist())} & {*map(tuple, second.tolist())}
     again = Answers(LEARN.copy())
     assert torch.equal(train_batch(PAIRS, 1, count, 20, 0, again)[0], second)
     assert not torch.equal(train_batch(PAIRS, 0, count, 20, 1, again)[0], first)
     a, b = (val_batches(PAIRS, 20, 3, 5, answers) for answers in (ANSWERS, again))
-    assert [len(x) for x, _ in a] == [3, 2]
-    assert all(torch.equal(left, right) for x, y in zip(a, b) for left, right in zip(x, y))
+    assert [len(x) for x, _ in a] == [3, 2] and equal(a, b)
 
 
 def test_too_short_for_a_window():
     """Data shorter than one window is refused with both sizes."""
-    for call in (lambda t: train_batch(t, 0, 1, BLOCK, 0), lambda t: val_batches(t, BLOCK, 1, 1)):
-        with pytest.raises(ValueError, match=r"10 tokens are fewer than one window of block_size \+ 1 = 11"):
-            call(TOKENS[:BLOCK])
+    words = r"10 tokens are fewer than one window of block_size \+ 1 = 11"
+    refused(words, train_batch, TOKENS[:BLOCK], 0, 1, BLOCK, 0)
+    refused(words, val_batches, TOKENS[:BLOCK], BLOCK, 1, 1)
 
 
 # ---- dataset files
 
 
-def test_documents_end_with_end_of_text(dataset, bpe):
-    """Documents are stored one after another, each followed by end-of-text, with true counts in meta.json."""
+def test_documents_end_with_end_of_text(dataset, tmp_path, bpe):
+    """Documents are stored one after another, each followed by end-of-text, with true counts in meta.json;
+    given as ids, or as a generator's items, they give the same files."""
     loaded = load(str(dataset))
     assert loaded.train.dtype == np.uint16
     assert loaded.train.tolist() == [*bpe.encode(TEXT), bpe.eot, *bpe.encode("second"), bpe.eot]
     assert loaded.tokenizer.fingerprint == bpe.fingerprint
     train = {"documents": 2, "tokens": len(loaded.train), "bytes": len(TEXT) + len("second")}
     assert loaded.meta["train"] == train and loaded.meta["vocab_size"] == 350
-
-
-def test_ids_and_texts_are_written_alike(tmp_path, bpe):
-    """A document given as ids, as a generator's item, or as a long text gives the same file."""
-    long = TEXT * 10
-    write_dataset(tmp_path / "a", [long], ["v"], bpe, "0")
-    write_dataset(
-        tmp_path / "b", (bpe.encode(text) for text in [long]), [np.array(bpe.encode("v"))], bpe, "0"
-    )
-    for name in ("train.bin", "val.bin"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    ids = (bpe.encode(text) for text in (TEXT, "second"))
+    write_dataset(tmp_path / "ids", ids, [np.array(bpe.encode(TEXT[:500]))], bpe, "0" * 64)
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "ids" / name).read_bytes() == (dataset / name).read_bytes()
 
 
 def snapshot(folder):
@@ -488,7 +425,7 @@ def broken():
 
 
 @pytest.mark.parametrize(
-    ("train", "val", "error"),
+    ("train", "val", "words"),
     [
         (broken(), ["v"], "disk gone"),
         (["t"], broken(), "disk gone"),
@@ -499,11 +436,10 @@ def broken():
         ([], ["v"], "train split would be empty"),
     ],
 )
-def test_a_failing_write_leaves_the_old_dataset(dataset, bpe, train, val, error):
+def test_a_failing_write_leaves_the_old_dataset(dataset, bpe, train, val, words):
     """When writing fails nothing of the old dataset changes and nothing else is left."""
     before = snapshot(dataset)
-    with pytest.raises((ValueError, OSError), match=error):
-        write_dataset(dataset, train, val, bpe, "0")
+    refused(words, write_dataset, dataset, train, val, bpe, "0")
     assert snapshot(dataset) == before and not list(dataset.glob(".tmp-*"))
 
 
@@ -517,40 +453,36 @@ def test_an_interrupted_move_is_no_dataset(dataset, bpe, monkeypatch):
         moved.append(replace(source, target))
 
     monkeypatch.setattr(data.os, "replace", failing)
-    with pytest.raises(OSError, match="stopped"):
-        write_dataset(dataset, ["new"], ["new"], bpe, "0")
-    with pytest.raises(ValueError, match=r"has no meta.json"):
-        load(str(dataset))
+    refused("stopped", write_dataset, dataset, ["new"], ["new"], bpe, "0")
+    refused("has no meta.json", load, str(dataset))
 
 
-def test_damaged_files_are_refused(dataset):
-    """A dataset that is truncated, empty, incomplete or has ids outside the vocabulary is refused by name."""
+def test_what_is_no_dataset_is_refused(dataset):
+    """A dataset that is truncated, empty, incomplete or has ids outside the vocabulary is refused by name,
+    and an unknown name with the known ones."""
+    refused(r"unknown dataset 'pysorce'; give arithmetic, .*pysource", load, "pysorce")
     train, meta = dataset / "train.bin", dataset / "meta.json"
     whole, about = train.read_bytes(), json.loads(meta.read_text())
-    train.write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=rf"train.bin has {len(whole) - 2} bytes and not {len(whole)}"):
-        load(str(dataset))
-    train.write_bytes(b"\x5e\x01" + whole[2:])
-    with pytest.raises(ValueError, match=r"train.bin holds token id 350; its tokenizer has ids 0..349"):
-        load(str(dataset))
+    for content, words in (
+        (whole[:-2], rf"train.bin has {len(whole) - 2} bytes and not {len(whole)}"),
+        (b"\x5e\x01" + whole[2:], r"train.bin holds token id 350; its tokenizer has ids 0..349"),
+    ):
+        train.write_bytes(content)
+        refused(words, load, str(dataset))
     train.write_bytes(b"")
     meta.write_text(json.dumps({**about, "files": {**about["files"], "train.bin": 0}}))
-    with pytest.raises(ValueError, match=r"train.bin is empty"):
-        load(str(dataset))
+    refused("train.bin is empty", load, str(dataset))
     train.unlink()
-    with pytest.raises(ValueError, match=r"has no train.bin"):
-        load(str(dataset))
+    refused("has no train.bin", load, str(dataset))
     meta.write_text("{}")
-    with pytest.raises(ValueError, match=r"not the meta.json of a dataset"):
-        load(str(dataset))
+    refused("not the meta.json of a dataset", load, str(dataset))
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path, bpe):
     """Ids above 65,535 come back, and datasets from before the dtype was recorded still open."""
-    tokenizer = SimpleNamespace(
-        vocab_size=70_000, eot=69_999, start=(), meta=bpe.meta, token_bytes=np.ones(70_000, np.int64)
-    )
-    meta = write_dataset(tmp_path / "large", [[1, 65_536, 68_000]], [[2]], tokenizer, "0" * 64)
+    lengths = np.ones(70_000, np.int64)
+    large = SimpleNamespace(vocab_size=70_000, eot=69_999, start=(), meta=bpe.meta, token_bytes=lengths)
+    meta = write_dataset(tmp_path / "large", [[1, 65_536, 68_000]], [[2]], large, "0" * 64)
     assert meta["dtype"] == "uint32"
     tokens = np.fromfile(tmp_path / "large" / "train.bin", "<u4")
     assert tokens.tolist() == [1, 65_536, 68_000, 69_999]
@@ -558,14 +490,6 @@ def test_large_vocabularies_take_four_bytes(tmp_path, bpe):
     assert old.pop("dtype") == "uint16"
     (tmp_path / "old" / "meta.json").write_text(json.dumps(old))
     assert bpe.decode(load(str(tmp_path / "old")).train[:-1]) == TEXT
-
-
-def test_unknown_dataset_is_refused(tmp_path):
-    """An unknown name lists the known ones; a folder without a dataset says what it lacks."""
-    with pytest.raises(ValueError, match=r"unknown dataset 'pysorce'; give arithmetic, .*pysource"):
-        load("pysorce")
-    with pytest.raises(ValueError, match=r"has no meta.json"):
-        load(str(tmp_path))
 
 
 def test_load_prepares_a_known_dataset(tmp_path, monkeypatch):
@@ -593,81 +517,60 @@ def splits():
     return arithmetic.make_splits(3000, 7)
 
 
-def evaluate(problem):
-    """Results of the equations in the worked steps, each recomputed from its text."""
-    results = []
-    for left, sign, right, result in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", problem["answer"]):
-        left, right, result = int(left), int(right), int(result)
-        assert {"+": left + right, "-": left - right, "*": left * right}.get(sign, left / right) == result
-        known = [*map(int, re.findall(r"\d+", problem["question"])), *results]
-        assert left in known and right in known
-        results.append(result)
-    return results
-
-
 def test_worked_steps_are_right(splits):
-    """Each of `level` equations holds, with operands known by then; the last result is the answer."""
+    """Each of `level` equations holds, with operands known by then; the last result is the answer. The steps
+    use each number of the question, so that reading all of it matters."""
+    compute = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__truediv__}
     for problem in [problem for split in splits for problem in split]:
-        results = evaluate(problem)
+        asked = [*map(int, re.findall(r"\d+", problem["question"]))]
+        operands, results = set(), []
+        for left, sign, right, result in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", problem["answer"]):
+            left, right, result = int(left), int(right), int(result)
+            assert compute[sign](left, right) == result and {left, right} <= {*asked, *results}
+            operands |= {left, right}
+            results.append(result)
+        assert operands >= {*asked}
         assert len(results) == problem["level"] == len(problem["answer"].splitlines()) - 2
         assert results[-1] == problem["result"] and min(results) >= 2
         assert problem["answer"].endswith(f"\n#### {problem['result']}")
 
 
-def test_every_number_of_the_question_is_used(splits):
-    """The worked steps use each number of the question, so that reading all of it matters."""
-    for problem in splits[0]:
-        operands = re.findall(r"\d+(?= [-+*/])|(?<=[-+*/] )\d+", problem["answer"])
-        assert set(re.findall(r"\d+", problem["question"])) <= set(operands)
-
-
 def test_splits_never_overlap(splits):
-    """No problem occurs twice, within a split or across; all levels are in every split equally often."""
+    """No problem occurs twice, within a split or across, whatever its case, spaces and punctuation; all
+    levels are in every split equally often; a seed fixes all problems, and those of the test alone."""
+    assert arithmetic.normalized("Tom has  3 pies.") == arithmetic.normalized("tom has 3 pies?")
+    assert arithmetic.normalized("Tom has 3 pies.") != arithmetic.normalized("Tom has 4 pies.")
     keys = [arithmetic.normalized(problem["question"]) for split in splits for problem in split]
     assert len(keys) == len(set(keys)) == 3000 + 5 * arithmetic.TEST_PER_LEVEL
     for split in splits:
         counts = np.bincount([problem["level"] for problem in split])
         assert len(counts) == 6 and counts[1:].max() - counts[1:].min() <= 1
-
-
-def test_normalized_ignores_punctuation_and_case():
-    """Problems that differ in case, spacing or punctuation only count as the same; other numbers do not."""
-    assert arithmetic.normalized("Tom has  3 pies.") == arithmetic.normalized("tom has 3 pies?")
-    assert arithmetic.normalized("Tom has 3 pies.") != arithmetic.normalized("Tom has 4 pies.")
-
-
-def test_problems_are_deterministic(splits):
-    """A seed fixes all problems, the test set whatever the number of others; another seed differs."""
     assert arithmetic.make_splits(3000, 7) == splits
     assert arithmetic.make_splits(100, 7)[2] == splits[2] != arithmetic.make_splits(100, 8)[2]
 
 
 @pytest.mark.parametrize(
-    ("generated", "correct"),
+    ("generated", "result"),
     [
-        (" Now Tom has 12 + 7 = 19 pies.\n#### 19", True),
-        ("#### 19\nQuestion: and so on\n#### 20", True),
-        ("#### 20\n#### 19", False),
-        ("####19<|endoftext|>", True),
-        ("#### 19.", True),
-        ("#### 1,9", True),
-        ("#### 190", False),
-        ("#### 19.5", False),
-        ("#### -19", False),
-        ("12 + 7 = 19", False),
-        ("####\n19", False),
-        ("#### nineteen #### 19", True),
-        ("", False),
+        (" Now Tom has 12 + 7 = 19 pies.\n#### 19", 19),
+        ("#### 19\nQuestion: and so on\n#### 20", 19),
+        ("####19<|endoftext|>", 19),
+        ("#### 19.", 19),
+        ("#### 1,9", 19),
+        ("#### 1,234", 1234),
+        ("#### 190", 190),
+        ("#### 19.5", None),
+        ("#### -19", -19),
+        ("12 + 7 = 19", None),
+        ("####\n19", None),
+        ("#### nineteen #### 19", 19),
+        ("", None),
     ],
 )
-def test_is_correct(generated, correct):
-    """Only the first "#### <integer>" counts."""
-    assert arithmetic.is_correct(generated, 19) is correct
-
-
-def test_is_correct_reads_commas():
-    """Thousands may be written with commas."""
-    assert arithmetic.is_correct("#### 1,234", 1234) and not arithmetic.is_correct("#### 1,234", 1)
+def test_the_result_of_an_answer(generated, result):
+    """Only the first "#### <integer>" counts; thousands may be written with commas."""
+    assert arithmetic.result_of(generated) == result
+    assert arithmetic.is_correct(generated, 19) is (result == 19)
 
 
 def test_arithmetic_files(tmp_path, monkeypatch, splits):
@@ -680,35 +583,31 @@ def test_arithmetic_files(tmp_path, monkeypatch, splits):
     documents = [arithmetic.document(problem) for problem in splits[0]]
     assert tokenizer.decode(loaded.train) == "".join(document + END_OF_TEXT for document in documents)
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-    assert sorted(token for token in tokens if re.search(rb"\d", token)) == [
-        b"%d" % digit for digit in range(10)
-    ]
+    assert sorted(token for token in tokens if re.search(rb"\d", token)) == [b"%d" % n for n in range(10)]
     lines = (tmp_path / "test.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == splits[2]
     prompt = tokenizer.encode(arithmetic.prompt_of(splits[2][0]["question"]))
     assert tokenizer.encode(arithmetic.document(splits[2][0]))[: len(prompt)] == prompt
-    with pytest.raises(ValueError, match="no token for 'é'"):
-        tokenizer.encode("Zoé has 3 apples.")
-
-
-@pytest.mark.parametrize(
-    "argv", [["--n_problems=10"], ["--seed=-1"], ["--n_problems=many"], ["--problems=9"]]
-)
-def test_arithmetic_options_are_checked(argv):
-    """Impossible options are refused."""
-    with pytest.raises(ValueError):
-        arithmetic.main(argv)
+    refused("no token for 'é'", tokenizer.encode, "Zoé has 3 apples.")
 
 
 # ---- textfile, shakespeare, pysource
 
 
+def run(script, source, out_dir, *argv):
+    script.main([f"--source={source}", f"--out_dir={out_dir}", "--vocab_size=300", *argv])
+    return load(str(out_dir))
+
+
+def texts(opened):
+    """The documents of both splits."""
+    return [opened.tokenizer.decode(split).split(END_OF_TEXT)[:-1] for split in (opened.train, opened.val)]
+
+
 def test_textfile_splits_a_file_at_a_line(tmp_path):
     """A file is cut at a line near the wanted share, and the parts put together are the file."""
     (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
-    textfile.main([f"--source={tmp_path / 'book.txt'}", f"--out_dir={tmp_path / 'out'}", "--vocab_size=300"])
-    loaded = load(str(tmp_path / "out"))
-    train, val = (loaded.tokenizer.decode(part[:-1]) for part in (loaded.train, loaded.val))
+    [train], [val] = texts(run(textfile, tmp_path / "book.txt", tmp_path / "out"))
     assert train + val == TEXT and train.endswith("\n")
     assert len(val) / len(TEXT) == pytest.approx(0.1, abs=0.01)
 
@@ -729,67 +628,80 @@ def test_textfile_never_gives_a_giant_to_validation():
         assert sum(map(len, val)) <= share * sum(map(len, files.values())) or val == ["x" * 60]
 
 
-def make_tree(folder):
-    """A folder with text in sub-folders, and with things that are not text."""
-    for i in range(40):
-        path = folder / f"part{i % 3}" / f"{i:02d}.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"document {i}\n" + TEXT[i : i + 200], encoding="utf-8")
-    (folder / "image.png").write_bytes(bytes(range(256)))
-    (folder / "zero.txt").write_bytes(b"a\0b")
-    (folder / "empty.txt").touch()
-    (folder / ".git").mkdir()
-    (folder / ".git" / "config").write_text("hidden")
+def write_tree(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def test_textfile_reads_a_folder(tmp_path):
     """Every text file of a folder is in one split; binaries, hidden files and the output are skipped."""
-    make_tree(tmp_path)
-    argv = [f"--source={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--vocab_size=300", "--val_fraction=0.2"]
-    textfile.main(argv)
+    names = {f"part{i % 3}/{i:02d}.md": f"document {i}\n" + TEXT[i : i + 200] for i in range(40)}
+    others = {"image.png": bytes(range(256)), "zero.txt": b"a\0b", "empty.txt": "", ".git/config": "hidden"}
+    others[".notes.txt"] = "hidden"
+    write_tree(tmp_path, names | others)
+    opened = run(textfile, tmp_path, tmp_path / "out", "--val_fraction=0.2")
     first = snapshot(tmp_path / "out")
-    textfile.main(argv)
+    run(textfile, tmp_path, tmp_path / "out", "--val_fraction=0.2")
     assert snapshot(tmp_path / "out") == first
-    loaded = load(str(tmp_path / "out"))
-    train, val = (
-        loaded.tokenizer.decode(part).split(END_OF_TEXT)[:-1] for part in (loaded.train, loaded.val)
-    )
-    numbers = [[int(text.split()[1]) for text in part] for part in (train, val)]
-    assert sorted(numbers[0] + numbers[1]) == list(range(40)) and 5 <= len(val) <= 8
+    train, val = ([int(text.split()[1]) for text in split] for split in texts(opened))
+    assert sorted(train + val) == list(range(40)) and 5 <= len(val) <= 8
 
 
-def test_textfile_reuses_a_tokenizer(tmp_path, dataset, bpe):
-    """--tokenizer=meta.json gives the new dataset the very tokenizer of the old one."""
-    (tmp_path / "new.txt").write_text(TEXT[::-1])
-    out = tmp_path / "out"
-    textfile.main(
-        [f"--source={tmp_path / 'new.txt'}", f"--tokenizer={dataset / 'meta.json'}", f"--out_dir={out}"]
-    )
-    assert load(str(out)).tokenizer.fingerprint == bpe.fingerprint
+AB = '{"ask": "a", "say": "b"}\n'
+FIELDS = ["--prompt_field=ask", "--answer_field=say"]
 
 
 @pytest.mark.parametrize(
-    ("content", "options", "error"),
+    ("script", "content", "words"),
     [
-        (None, [], "does not exist"),
-        (b"", [], "holds 0 characters"),
-        (b"short", [], "holds 5 characters of text; give at least 1,000"),
-        (b"\xff\xfe" * 999, [], "is not UTF-8 text: byte 0 is 0xff"),
-        (b"a\0" * 999, [], "zero byte"),
-        (TEXT.encode(), ["--val_fraction=0"], "val_fraction=0.0"),
-        (TEXT.encode(), ["--vocab_size=9"], "vocab_size is 9"),
-        (TEXT.encode(), ["--tokenizer=nowhere.json"], "nowhere.json is neither"),
+        (textfile, None, "cannot be read"),
+        (textfile, "", "holds 0 characters"),
+        (textfile, "short", "holds 5 characters of text; give at least 1,000"),
+        (textfile, b"\xff\xfe" * 999, "is not UTF-8 text: byte 0 is 0xff"),
+        (textfile, b"a\0" * 999, "zero byte"),
+        (pairs, None, "cannot be read"),
+        (pairs, "", "holds 0 pairs"),
+        (pairs, "\n" + AB, "holds 1 pairs"),
+        (pairs, AB + '{"ask": "a", "say": "c"}', "all pairs have the same prompt"),
+        (pairs, AB + '{"ask": "a"}', "line 2 has no field 'say'; its fields are 'ask'"),
+        (pairs, AB + '\n{"ask": "a"', "line 3 is not JSON"),
+        (pairs, '["a", "b"]', "line 1 is not a JSON object"),
+        (pairs, '{"ask": "a", "say": " "}', "line 1: field 'say' is ' ', but must be a text"),
+        (pairs, '{"ask": 1, "say": "b"}', "line 1: field 'ask' is 1, but must be a text"),
     ],
 )
-def test_textfile_refuses_and_keeps_the_old(dataset, tmp_path_factory, content, options, error):
-    """Any source or option that cannot work is one line, and the dataset that was there stays."""
-    source = tmp_path_factory.mktemp("source") / "text"
-    if content is not None:
-        source.write_bytes(content)
+def test_bad_sources(dataset, tmp_path_factory, script, content, words):
+    """A source that is no text, too little, or not of pairs is one line, which names the line that is wrong,
+    and the dataset that was there stays."""
+    source = tmp_path_factory.mktemp("source")
+    write_tree(source, {} if content is None else {"source": content})
     before = snapshot(dataset)
-    with pytest.raises(ValueError, match=error) as caught:
-        textfile.main([f"--source={source}", f"--out_dir={dataset}", *options])
-    assert "\n" not in str(caught.value) and snapshot(dataset) == before
+    refused(words, run, script, source / "source", dataset, *(FIELDS if script is pairs else []))
+    assert snapshot(dataset) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "words"),
+    [
+        (arithmetic, ["--n_problems=10"], "n_problems is 10, but must be 100 to 1,000,000"),
+        (arithmetic, ["--seed=-1"], "seed is -1"),
+        (arithmetic, ["--n_problems=many"], "--n_problems=many is not allowed"),
+        (arithmetic, ["--problems=9"], "unknown key 'problems'"),
+        (pairs, [], "say what to read"),
+        (pairs, ["--source=x", "--val_fraction=1"], r"val_fraction is 1\.0"),
+        (pysource, ["--val_fraction=1"], r"val_fraction is 1\.0"),
+        (shakespeare, [f"--source={__file__}"], r"use data/textfile/prepare.py.*sha256"),
+        (shakespeare, ["--source=nowhere.txt"], r"No such file .*nowhere.txt"),
+        (textfile, [], "say what to read"),
+        (textfile, ["--source=x", "--val_fraction=0"], r"val_fraction is 0\.0"),
+        (textfile, [f"--source={__file__}", "--vocab_size=9"], "vocab_size is 9"),
+        (textfile, [f"--source={__file__}", "--tokenizer=nowhere.json"], "nowhere.json is neither"),
+    ],
+)
+def test_bad_options(script, argv, words):
+    """What cannot work is refused before anything is written."""
+    refused(words, script.main, argv)
 
 
 def test_prepare_as_a_script(tmp_path):
@@ -800,7 +712,7 @@ def test_prepare_as_a_script(tmp_path):
     assert done.stderr.startswith("error: unknown key 'sorce'")
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "pysource", "shakespeare", "textfile"])
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in data.HOME.glob("*/prepare.py")))
 def test_prepare_has_help(name, capsys, monkeypatch):
     """--help lists the options with their meaning and exits 0."""
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--help"])
@@ -810,147 +722,83 @@ def test_prepare_has_help(name, capsys, monkeypatch):
 
 
 def test_shakespeare_from_a_file(tmp_path, monkeypatch):
-    """A copy on disk gives the same split as nanoGPT: the first 90% of the characters for training."""
-    source = SHARED / "tinyshakespeare.txt"
-    if not source.is_file():
-        pytest.skip("no copy of Tiny Shakespeare")
+    """A verified copy on disk is split as nanoGPT does: the first 90% of the characters for training."""
+    (tmp_path / "plays.txt").write_text(TEXT)
     monkeypatch.setattr(shakespeare, "FOLDER", tmp_path)
-    shakespeare.main([f"--source={source}"])
-    loaded, text = load(str(tmp_path)), source.read_text()
-    assert loaded.tokenizer.decode(loaded.train[:-1]) == text[: int(0.9 * len(text))]
-    assert loaded.tokenizer.decode(loaded.val[:-1]) == text[int(0.9 * len(text)) :]
-    assert loaded.tokenizer.vocab_size == 1024 and loaded.meta["source_sha256"] == shakespeare.SHA256
+    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    shakespeare.main([f"--source={tmp_path / 'plays.txt'}", "--vocab_size=300"])
+    opened = load(str(tmp_path))
+    assert texts(opened) == [[TEXT[: int(0.9 * len(TEXT))]], [TEXT[int(0.9 * len(TEXT)) :]]]
+    assert opened.meta["source_sha256"] == shakespeare.SHA256
 
 
-def test_shakespeare_refuses_another_text(tmp_path):
-    """A file that is not Tiny Shakespeare, or none at all, is refused with a pointer to textfile."""
-    (tmp_path / "x.txt").write_text(TEXT)
-    with pytest.raises(ValueError, match=r"use data/textfile/prepare.py.*sha256"):
-        shakespeare.main([f"--source={tmp_path / 'x.txt'}"])
-    with pytest.raises(ValueError, match="is not a file"):
-        shakespeare.main([f"--source={tmp_path / 'y.txt'}"])
-
-
-def test_download(tmp_path, monkeypatch):
+def test_download(tmp_path):
     """A failed or altered download is one line that names --source and leaves nothing; a good one is kept."""
-    sha256 = hashlib.sha256(b"text").hexdigest()
-    target = tmp_path / "input.txt"
-    with pytest.raises(ValueError, match=r"could not download .*nothing-here.*--source=PATH"):
-        data.source.download("file:///nothing-here", sha256, target)
-    monkeypatch.setattr(data.source, "_fetch", lambda url, path: path.write_bytes(b"other"))
-    with pytest.raises(ValueError, match="not the same file"):
-        data.source.download("https://x", sha256, target)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(data.source, "_fetch", lambda url, path: path.write_bytes(b"text"))
-    assert data.source.download("https://x", sha256, target).read_bytes() == b"text"
-    monkeypatch.setattr(data.source, "_fetch", None)
-    assert data.source.download("https://x", sha256, target) == target
+    there, target = tmp_path / "there", tmp_path / "here" / "input.txt"
+    target.parent.mkdir()
+    fetch = data.source.download, there.as_uri(), hashlib.sha256(b"text").hexdigest(), target
+    refused(r"could not download .*/there .*--source=PATH", *fetch)
+    there.write_bytes(b"other")
+    refused("not the same file", *fetch)
+    assert not list(target.parent.iterdir())
+    there.write_bytes(b"text")
+    assert fetch[0](*fetch[1:]).read_bytes() == b"text"
+    there.unlink()
+    assert fetch[0](*fetch[1:]) == target
 
 
 def test_pysource(tmp_path, monkeypatch):
     """Files are read once each, in order, without tests and giants, and split by their paths."""
-    package = tmp_path / "package"
-    for name in (
-        "a",
-        "b",
-        "sub/c",
-        "sub/tests/d",
-        "sub/site-packages/e",
-        *(f"many/m{i:03d}" for i in range(200)),
-    ):
-        path = package / f"{name}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"# {name}\n{TEXT[:300]}")
-    (package / "b.py").write_text((package / "a.py").read_text())
-    (package / "latin.py").write_bytes(b"# caf\xe9")
-    (package / "empty.py").touch()
-    (package / "giant.py").write_text("x = 1\n" * 100_000)
-    files = pysource.read_files({"package": package})
-    assert list(files) == sorted(files) and len(files) == 202
-    assert {"package/a.py", "package/sub/c.py"} < files.keys()
-    monkeypatch.setattr(pysource, "roots", lambda: {"package": package})
+    names = ["a", "sub/c", "sub/tests/d", "sub/site-packages/e", *(f"many/m{i:03d}" for i in range(200))]
+    files = {f"{name}.py": f"# {name}\n{TEXT[:300]}" for name in names}
+    others = {
+        "b.py": files["a.py"],
+        "latin.py": b"# caf\xe9",
+        "empty.py": "",
+        "giant.py": "x = 1\n" * 100_000,
+    }
+    write_tree(tmp_path / "package", files | others | {"notes.txt": "text"})
+    found = pysource.read_files({"package": tmp_path / "package"})
+    assert list(found) == sorted(found) and len(found) == 202
+    assert {"package/a.py", "package/sub/c.py"} < found.keys()
+    monkeypatch.setattr(pysource, "roots", lambda: {"package": tmp_path / "package"})
     monkeypatch.setattr(pysource, "FOLDER", tmp_path)
     pysource.main(["--vocab_size=300", "--val_fraction=0.1"])
-    loaded = load(str(tmp_path))
-    val = loaded.tokenizer.decode(loaded.val).split(END_OF_TEXT)[:-1]
-    assert val == [text for name, text in files.items() if data.source.name_hash(name) < 0.1]
-    assert loaded.meta["train"]["documents"] == 202 - len(val)
+    opened = load(str(tmp_path))
+    val = [text for name, text in found.items() if data.source.name_hash(name) < 0.1]
+    assert texts(opened)[1] == val and opened.meta["train"]["documents"] == 202 - len(val)
 
 
 def test_pysource_roots_exist():
     """The folders read are the standard library and the installed packages."""
     roots = pysource.roots()
     assert {"stdlib", "torch", "numpy"} <= roots.keys()
-    assert all(
-        (folder / name).is_file() for folder, name in ((roots["stdlib"], "os.py"), (roots["torch"], "hub.py"))
-    )
+    assert (roots["stdlib"] / "os.py").is_file() and (roots["torch"] / "hub.py").is_file()
 
 
 # ---- pairs and gsm8k
 
-ROWS = [{"ask": f"What is {n} + 1?", "say": f" {n + 1}\n", "id": n} for n in range(60)]
-
 
 @pytest.fixture
 def rows(tmp_path):
-    """A file of pairs; write(text) replaces what is in it."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, ROWS)))
-    return path
-
-
-def prepare_pairs(path, *argv):
-    pairs.main([f"--source={path}", "--prompt_field=ask", "--answer_field=say", "--vocab_size=300", *argv])
+    """A file of pairs."""
+    rows = [{"ask": f"What is {n} + 1?", "say": f" {n + 1}\n", "id": n} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "rows.jsonl"
 
 
 def test_pairs(rows, tmp_path):
     """Each pair is a document of which the answer and end-of-text are learned; splits share no prompt."""
-    prepare_pairs(rows, f"--out_dir={tmp_path / 'new'}", "--val_fraction=0.2")
-    opened = load(str(tmp_path / "new"))
-    asked = {}
-    for split in ("train", "val"):
-        tokens, learn = getattr(opened, split), getattr(opened, f"{split}_answers").learn
-        assert len(tokens) == len(learn)
-        said = opened.tokenizer.decode(tokens[learn == 1]).split(END_OF_TEXT)
-        asked[split] = opened.tokenizer.decode(tokens[learn == 0])
-        numbers = [int(n) for n in re.findall(r"Question: What is (\d+) \+ 1\?\nAnswer:", asked[split])]
-        assert said == [*(f" {n + 1}" for n in numbers), ""]
-        asked[split] = set(numbers)
-    assert asked["train"] | asked["val"] == set(range(60)) and not asked["train"] & asked["val"]
-    assert 3 < len(asked["val"]) < 25
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "holds 0 pairs"),
-        ('\n{"ask": "a", "say": "b"}\n', "holds 1 pairs"),
-        ('{"ask": "a", "say": "b"}\n{"ask": "a", "say": "c"}', "all pairs have the same prompt"),
-        ('{"ask": "a", "say": "b"}\n{"ask": "a"}', r"line 2 has no field 'say'; its fields are 'ask'"),
-        ('{"ask": "a", "say": "b"}\n\n{"ask": "a"', r"line 3 is not JSON"),
-        ('["a", "b"]', r"line 1 is not a JSON object"),
-        ('{"ask": "a", "say": " "}', r"line 1: field 'say' is ' ', but must be a text"),
-        ('{"ask": 1, "say": "b"}', r"line 1: field 'ask' is 1, but must be a text"),
-    ],
-)
-def test_bad_pairs(rows, tmp_path, text, words):
-    """What is wrong is said of the line that has it, in one line, and nothing is written."""
-    rows.write_text(text)
-    with pytest.raises(ValueError, match=words) as error:
-        prepare_pairs(rows, f"--out_dir={tmp_path / 'new'}")
-    assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
-
-
-def test_bad_options_of_pairs(rows, tmp_path):
-    """No source, no such file, an impossible fraction."""
-    for argv, words in (
-        ([], "say what to read"),
-        (["--source=nowhere.jsonl"], "nowhere.jsonl is not a file"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            pairs.main(argv)
-    with pytest.raises(ValueError, match=r"val_fraction=1\.0"):
-        prepare_pairs(rows, "--val_fraction=1")
+    opened = run(pairs, rows, tmp_path / "new", "--val_fraction=0.2", *FIELDS)
+    asked = []
+    for tokens, answers in ((opened.train, opened.train_answers), (opened.val, opened.val_answers)):
+        assert len(tokens) == len(answers.learn)
+        said, given = (opened.tokenizer.decode(tokens[answers.learn == bit]) for bit in (1, 0))
+        numbers = [int(n) for n in re.findall(r"Question: What is (\d+) \+ 1\?\nAnswer:", given)]
+        assert said.split(END_OF_TEXT) == [*(f" {n + 1}" for n in numbers), ""]
+        asked.append(set(numbers))
+    assert asked[0] | asked[1] == set(range(60)) and not asked[0] & asked[1]
+    assert 3 < len(asked[1]) < 25
 
 
 def test_gsm8k_downloads(tmp_path, monkeypatch):
@@ -958,29 +806,16 @@ def test_gsm8k_downloads(tmp_path, monkeypatch):
     asked = []
 
     def fake(url, sha256, path):
-        asked.append((url, sha256))
-        path = tmp_path / path.name
-        path.write_text(
-            "".join(json.dumps({"question": f"Q{i}?", "answer": f"#### {i}"}) + "\n" for i in range(9))
-        )
-        return path
+        asked.append((url.rsplit("/")[-1], sha256))
+        lines = [json.dumps({"question": f"Q{i}?", "answer": f"#### {i}"}) for i in range(9)]
+        (tmp_path / path.name).write_text("\n".join(lines))
+        return tmp_path / path.name
 
-    monkeypatch.setattr(gsm8k, "download", fake)
-    gsm8k.main([f"--out_dir={tmp_path / 'new'}", "--tokenizer=bpe", "--vocab_size=280"])
-    assert [url.rsplit("/")[-1] for url, _ in asked] == ["train.jsonl", "test.jsonl"]
+    argv = [f"--out_dir={tmp_path / 'new'}", "--tokenizer=bpe", "--vocab_size=280"]
+    with monkeypatch.context() as patched:
+        patched.setattr(gsm8k, "download", fake)
+        gsm8k.main(argv)
+    assert asked == [(name, gsm8k.SHA256[name]) for name in ("train.jsonl", "test.jsonl")]
     assert len((tmp_path / "new" / "test.jsonl").read_text().splitlines()) == 9
-    monkeypatch.undo()
     monkeypatch.setattr(data.source.urllib.request, "urlopen", offline)
-    with pytest.raises(ValueError, match=r"could not download https://.*/train.jsonl .*--source=PATH"):
-        gsm8k.main([f"--out_dir={tmp_path / 'new'}", "--tokenizer=bpe"])
-
-
-def offline(*args, **kwargs):
-    raise OSError("no route to host")
-
-
-def test_the_checksum_of_gsm8k():
-    """A copy of the official training file has the checksum that a download is held to."""
-    if not (SHARED / "gsm8k_train.jsonl").is_file():
-        pytest.skip("no copy of GSM8K")
-    assert data.source.file_sha256(SHARED / "gsm8k_train.jsonl") == gsm8k.SHA256["train.jsonl"]
+    refused(r"could not download https://.*/train.jsonl .*--source=PATH", gsm8k.main, argv)

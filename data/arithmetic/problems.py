@@ -9,6 +9,7 @@ must be computed.
 import operator
 import random
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 LEVELS = range(1, 6)
 MAX_AMOUNT = 99
@@ -17,17 +18,16 @@ SHE = "Ana Eva Ida Jane Lily Maya Nina Rosa Sara Zoe".split()
 COMPUTE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A setting. `gain`, `lose`: events of one step; `pack`: of two; `last`: event, question, unit."""
+class Scene(NamedTuple):
+    """A setting. Where a field holds several sentences, one of them is drawn."""
 
-    things: list[str]
-    start: list[str]
-    gain: list[str]
-    lose: list[str]
-    pack: str
-    ask: list[str]
-    last: dict[str, tuple[str, str, str]]
+    things: str
+    start: str
+    gain: str  # events of one step
+    lose: str
+    pack: str  # an event of two steps
+    ask: str
+    last: dict[str, tuple[str, str, str]]  # events with a question of their own, and the unit of its answer
 
 
 FRIENDS = {
@@ -36,12 +36,9 @@ FRIENDS = {
     "minus": ("{B} has {n} fewer {x} than {A}", "How many {x} does {B} have?", "{x}"),
     "sum": ("{B} has {n} {x} too", "How many {x} do {A} and {B} have together?", "{x}"),
 }
+EACH_CHILD = "How many {x} does each child get?"
 SHARING = {
-    "share": (
-        "{A} divides all of {his} {x} equally among {k} children",
-        "How many {x} does each child get?",
-        "{x}",
-    ),
+    "share": ("{A} divides all of {his} {x} equally among {k} children", EACH_CHILD, "{x}"),
     "fill": ("{A} puts all of {his} {x} into bags of {k}", "How many bags does {A} fill?", "bags"),
     "price": ("{A} sells all of {his} {x} for {k} dollars each", "How many dollars does {A} get?", "dollars"),
 }
@@ -52,82 +49,54 @@ BUSES = {
     "minus": ("Another bus has {n} fewer {x} than this one", "How many {x} does it have?", "{x}"),
 }
 PENS = {"fill": ("{A} spends it all on pens for {k} dollars each", "How many pens does {A} buy?", "pens")}
-ASK = ["How many {x} does {A} have now?", "How many {x} are there in the end?"]
+ASK = "How many {x} does {A} have now?; How many {x} are there in the end?"
 
-SCENES = [
-    Scene(
-        things="badges balloons beads buttons cards coins crayons marbles pencils stamps stickers".split(),
-        start=["{A} has {n} {x}", "{A} owns {n} {x}", "{A} keeps {n} {x} in a box"],
-        gain=[
-            "{A} finds {n} more {x}",
-            "{B} gives {A} {n} {x}",
-            "Then {A} buys {n} more {x}",
-            "{A} wins {n} {x}",
-        ],
-        lose=[
-            "{A} loses {n} {x}",
-            "{A} gives {n} {x} to {B}",
-            "Then {A} sells {n} {x}",
-            "{B} takes {n} of the {x}",
-        ],
-        pack="{A} buys {k} bags with {m} {x} each",
-        ask=ASK,
-        last=FRIENDS | SHARING,
-    ),
-    Scene(
-        things="buns cakes cookies muffins pancakes pies pretzels rolls waffles".split(),
-        start=["{A} bakes {n} {x}", "{A} makes {n} {x} for a party", "On Monday {A} bakes {n} {x}"],
-        gain=["Then {A} bakes {n} more {x}", "{B} brings {A} {n} {x}", "{A} makes another {n} {x}"],
-        lose=[
-            "{A} sells {n} {x}",
-            "The guests eat {n} of the {x}",
-            "{A} gives {n} {x} to {B}",
-            "{n} of the {x} burn",
-        ],
-        pack="{A} fills {k} trays with {m} new {x} each",
-        ask=ASK,
-        last=FRIENDS | SHARING,
-    ),
-    Scene(
-        things="apples carrots cherries lemons onions peaches pears plums potatoes tomatoes".split(),
-        start=[
-            "{A} picks {n} {x}",
-            "{A} harvests {n} {x} from the garden",
-            "In the morning {A} gathers {n} {x}",
-        ],
-        gain=["{A} picks {n} more {x}", "{B} gives {A} {n} {x}", "Then {A} gathers another {n} {x}"],
-        lose=["{A} cooks {n} of the {x}", "{A} throws away {n} bad {x}", "{A} gives {n} {x} to {B}"],
-        pack="{A} gets {k} baskets with {m} {x} each",
-        ask=ASK,
-        last=FRIENDS | SHARING,
-    ),
-    Scene(
-        things=["dollars"],
-        start=["{A} has {n} dollars", "{A} earns {n} dollars", "There are {n} dollars in {A}'s purse"],
-        gain=[
-            "{A} finds {n} dollars",
-            "{B} gives {A} {n} dollars",
-            "{A} gets {n} dollars for cleaning a car",
-        ],
-        lose=["{A} spends {n} dollars", "{A} pays {n} dollars for a book", "{A} gives {n} dollars to {B}"],
-        pack="{A} works {k} hours for {m} dollars an hour",
-        ask=ASK,
-        last=FRIENDS | PENS,
-    ),
-    Scene(
-        things="children passengers players students tourists workers".split(),
-        start=["There are {n} {x} on a bus", "A bus leaves with {n} {x}", "{A} drives a bus with {n} {x}"],
-        gain=["Then {n} more {x} get on", "At the park {n} {x} get on", "At the next stop {n} {x} get on"],
-        lose=[
-            "Then {n} {x} get off",
-            "At the bridge {n} {x} get off",
-            "At the next stop {n} {x} leave the bus",
-        ],
-        pack="At the station {k} groups of {m} {x} get on",
-        ask=["How many {x} are on the bus now?", "How many {x} are there in the end?"],
-        last=BUSES,
-    ),
-]
+MARBLES = Scene(
+    things="badges balloons beads buttons cards coins crayons marbles pencils stamps stickers",
+    start="{A} has {n} {x}; {A} owns {n} {x}; {A} keeps {n} {x} in a box",
+    gain="{A} finds {n} more {x}; {B} gives {A} {n} {x}; Then {A} buys {n} more {x}; {A} wins {n} {x}",
+    lose="{A} loses {n} {x}; {A} gives {n} {x} to {B}; Then {A} sells {n} {x}; {B} takes {n} of the {x}",
+    pack="{A} buys {k} bags with {m} {x} each",
+    ask=ASK,
+    last=FRIENDS | SHARING,
+)
+CAKES = Scene(
+    things="buns cakes cookies muffins pancakes pies pretzels rolls waffles",
+    start="{A} bakes {n} {x}; {A} makes {n} {x} for a party; On Monday {A} bakes {n} {x}",
+    gain="Then {A} bakes {n} more {x}; {B} brings {A} {n} {x}; {A} makes another {n} {x}",
+    lose="{A} sells {n} {x}; The guests eat {n} of the {x}; {A} gives {n} {x} to {B}; {n} of the {x} burn",
+    pack="{A} fills {k} trays with {m} new {x} each",
+    ask=ASK,
+    last=FRIENDS | SHARING,
+)
+FRUIT = Scene(
+    things="apples carrots cherries lemons onions peaches pears plums potatoes tomatoes",
+    start="{A} picks {n} {x}; {A} harvests {n} {x} from the garden; In the morning {A} gathers {n} {x}",
+    gain="{A} picks {n} more {x}; {B} gives {A} {n} {x}; Then {A} gathers another {n} {x}",
+    lose="{A} cooks {n} of the {x}; {A} throws away {n} bad {x}; {A} gives {n} {x} to {B}",
+    pack="{A} gets {k} baskets with {m} {x} each",
+    ask=ASK,
+    last=FRIENDS | SHARING,
+)
+MONEY = Scene(
+    things="dollars",
+    start="{A} has {n} dollars; {A} earns {n} dollars; There are {n} dollars in {A}'s purse",
+    gain="{A} finds {n} dollars; {B} gives {A} {n} dollars; {A} gets {n} dollars for cleaning a car",
+    lose="{A} spends {n} dollars; {A} pays {n} dollars for a book; {A} gives {n} dollars to {B}",
+    pack="{A} works {k} hours for {m} dollars an hour",
+    ask=ASK,
+    last=FRIENDS | PENS,
+)
+BUS = Scene(
+    things="children passengers players students tourists workers",
+    start="There are {n} {x} on a bus; A bus leaves with {n} {x}; {A} drives a bus with {n} {x}",
+    gain="Then {n} more {x} get on; At the park {n} {x} get on; At the next stop {n} {x} get on",
+    lose="Then {n} {x} get off; At the bridge {n} {x} get off; At the next stop {n} {x} leave the bus",
+    pack="At the station {k} groups of {m} {x} get on",
+    ask="How many {x} are on the bus now?; How many {x} are there in the end?",
+    last=BUSES,
+)
+SCENES = [MARBLES, CAKES, FRUIT, MONEY, BUS]
 
 
 @dataclass
@@ -141,6 +110,9 @@ class Story:
     question: list[str] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
     steps: int = 0
+
+    def draw(self, sentences: str) -> str:
+        return self.rng.choice(sentences.split("; "))
 
     def tell(self, template: str, **numbers: int) -> str:
         """Add a sentence to the question; returns it without its full stop."""
@@ -165,7 +137,7 @@ def make_problem(rng: random.Random, level: int) -> dict:
     asked = _last_step(story) if last else None
     while story.steps < level:
         _event(story, room=1)
-    question = " ".join([*story.question, asked or rng.choice(story.scene.ask).format(**story.slots)])
+    question = " ".join([*story.question, asked or story.draw(story.scene.ask).format(**story.slots)])
     answer = "\n".join([*story.answer, f"#### {story.amount}"])
     return {"question": question, "answer": answer, "level": level, "result": story.amount}
 
@@ -173,9 +145,9 @@ def make_problem(rng: random.Random, level: int) -> dict:
 def _begin(rng: random.Random) -> Story:
     scene = rng.choice(SCENES)
     a, b = rng.sample(HE + SHE, 2)
-    slots = {"A": a, "B": b, "his": "his" if a in HE else "her", "x": rng.choice(scene.things)}
+    slots = {"A": a, "B": b, "his": "his" if a in HE else "her", "x": rng.choice(scene.things.split())}
     story = Story(rng, scene, slots, amount=rng.randint(3, 9))
-    story.tell(rng.choice(scene.start), n=story.amount)
+    story.tell(story.draw(scene.start), n=story.amount)
     story.answer.append(f"At first: {story.amount} {slots['x']}.")
     return story
 
@@ -189,10 +161,10 @@ def _event(story: Story, room: int) -> None:
     kind = rng.choice(["lose"] * bool(losses) + ["gain"] * (gain >= 2) + ["pack"] * pack)
     if kind == "lose":
         n = rng.choice(losses)
-        story.amount = story.work(story.tell(rng.choice(scene.lose), n=n), amount, "-", n)
+        story.amount = story.work(story.tell(story.draw(scene.lose), n=n), amount, "-", n)
     elif kind == "gain":
         n = rng.randint(2, gain)
-        story.amount = story.work(story.tell(rng.choice(scene.gain), n=n), amount, "+", n)
+        story.amount = story.work(story.tell(story.draw(scene.gain), n=n), amount, "+", n)
     else:
         k, m = rng.randint(2, 5), rng.randint(2, 9)
         packed = story.work(story.tell(scene.pack, k=k, m=m), k, "*", m)

@@ -10,7 +10,6 @@ official test set; with --source alone it is the validation problems, which chos
 
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +43,6 @@ class Options:
 def main(argv: list[str]) -> None:
     """Write the dataset. ValueError: no network, a line that is no problem, unknown tokenizer."""
     options = Options(**parse(argv, Options)[0])
-    start = time.time()
     folder = Path(options.out_dir) if options.out_dir else FOLDER
     if options.source is None:
         train, val = split(read_problems(fetch("train.jsonl")), VAL_FRACTION)
@@ -55,7 +53,7 @@ def main(argv: list[str]) -> None:
     tokenizer = choose_tokenizer(options.tokenizer, list(map(document, train)), options.vocab_size, "gsm8k")
     lines = "".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in test)
     meta = write_pairs(folder, train, val, tokenizer, {"test.jsonl": lines})
-    print_summary(folder, meta, time.time() - start)
+    print_summary(folder, meta)
     print(f"  test   {len(test):>9,} problems in test.jsonl{' (those of validation)' if test is val else ''}")
 
 

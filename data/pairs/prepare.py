@@ -14,7 +14,6 @@ and is learned from the space before ANSWER to end-of-text; a model is used by g
 
 import json
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from config import bad_input_exits, parse
+from config import bad_input_exits, parse, require
 from data import AnyTokenizer, write_dataset
 from data.arithmetic.prepare import prompt_of
 from data.source import digest, name_hash, print_summary, read_text
@@ -53,25 +52,19 @@ class Pair(NamedTuple):
 def main(argv: list[str]) -> None:
     """Write a dataset from --source. ValueError: no file, a line that is no pair, a bad option."""
     options = Options(**parse(argv, Options)[0])
-    if not 0 < options.val_fraction < 1:
-        raise ValueError(f"--val_fraction={options.val_fraction}; allowed is anything between 0 and 1")
+    require(0 < options.val_fraction < 1, "val_fraction", options.val_fraction, "between 0 and 1")
     if options.source is None:
         raise ValueError("say what to read: python data/pairs/prepare.py --source=FILE.jsonl")
-    start = time.time()
     folder = Path(options.out_dir) if options.out_dir else FOLDER
-    train, val = split(
-        read_pairs(options.source, options.prompt_field, options.answer_field), options.val_fraction
-    )
-    tokenizer = choose_tokenizer(
-        options.tokenizer, list(map(document, train)), options.vocab_size, folder.name
-    )
-    print_summary(folder, write_pairs(folder, train, val, tokenizer), time.time() - start)
+    pairs = read_pairs(options.source, options.prompt_field, options.answer_field)
+    train, val = split(pairs, options.val_fraction)
+    texts = list(map(document, train))
+    tokenizer = choose_tokenizer(options.tokenizer, texts, options.vocab_size, folder.name)
+    print_summary(folder, write_pairs(folder, train, val, tokenizer))
 
 
 def read_pairs(source: str | Path, prompt_field: str, answer_field: str) -> list[Pair]:
-    """The pairs of a JSON Lines file. ValueError: no such file, or what is wrong with which line."""
-    if not Path(source).is_file():
-        raise ValueError(f"--source={source} is not a file")
+    """The pairs of a JSON Lines file. ValueError: what is wrong, and with which line."""
     pairs = []
     for number, line in enumerate(read_text(Path(source)).split("\n"), start=1):
         if line.strip():

@@ -8,20 +8,15 @@ empty, not UTF-8 or above 500 kB (generated tables), and files whose content occ
 """
 
 import importlib.util
-import os
 import sys
 import sysconfig
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from config import bad_input_exits, parse
+from config import bad_input_exits, parse, require
 from data import train_bpe, write_dataset
-from data.source import digest, name_hash, print_summary, read_text, sample
+from data.source import digest, name_hash, print_summary, read_texts, sample, walk
 
 FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "numpy", "sympy")
@@ -40,15 +35,13 @@ class Options:
 def main(argv: list[str]) -> None:
     """Write the dataset pysource. ValueError: no source found, options out of range."""
     options = Options(**parse(argv, Options)[0])
-    if not 0 < options.val_fraction < 1:
-        raise ValueError(f"--val_fraction={options.val_fraction}; allowed is anything between 0 and 1")
-    start = time.time()
+    require(0 < options.val_fraction < 1, "val_fraction", options.val_fraction, "between 0 and 1")
     files = read_files(roots())
     train = [text for name, text in files.items() if name_hash(name) >= options.val_fraction]
     val = [text for name, text in files.items() if name_hash(name) < options.val_fraction]
     tokenizer = train_bpe(sample(train), options.vocab_size, "pysource")
     meta = write_dataset(FOLDER, train, val, tokenizer, digest(files.items()), prompt="class")
-    print_summary(FOLDER, meta, time.time() - start)
+    print_summary(FOLDER, meta)
 
 
 def roots() -> dict[str, Path]:
@@ -64,30 +57,17 @@ def roots() -> dict[str, Path]:
 
 
 def read_files(folders: dict[str, Path]) -> dict[str, str]:
-    """Name ("torch/nn/functional.py") -> text of every Python file wanted, sorted, each text once."""
-    names = {
-        f"{root}/{name}": folder / name for root, folder in folders.items() for name in python_files(folder)
-    }
-    files, seen = {}, set()
-    for name, path in tqdm(names.items(), desc="reading", unit=" files", disable=None):
-        try:
-            text = read_text(path)
-        except (ValueError, OSError):  # another encoding, or not ours to read
-            continue
-        if text.strip() and text not in seen:
-            files[name] = text
-            seen.add(text)
-    return files
-
-
-def python_files(folder: Path) -> Iterator[str]:
-    """Paths relative to `folder`, with forward slashes, in sorted order."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in SKIPPED]
-        found += [Path(parent, name) for name in files if name.endswith(".py")]
-    small = [path for path in found if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES]
-    return iter(sorted(path.relative_to(folder).as_posix() for path in small))
+    """Name ("torch/nn/functional.py") -> text of every Python file wanted, in order, each text once."""
+    paths = {}
+    for root, folder in folders.items():
+        for name in walk(folder, SKIPPED.__contains__):
+            path = folder / name
+            if path.suffix == ".py" and path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
+                paths[f"{root}/{name}"] = path
+    first = {}
+    for name, text in read_texts(paths).items():
+        first.setdefault(text, name)
+    return {name: text for text, name in first.items()}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ most of the vocabulary would never occur.
 """
 
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,23 +36,19 @@ class Options:
 def main(argv: list[str]) -> None:
     """Write the dataset. ValueError: no network, another file than expected, unknown tokenizer."""
     options = Options(**parse(argv, Options)[0])
-    start = time.time()
     text = read_text(source_file(options.source))
     cut = int(TRAIN_FRACTION * len(text))
     tokenizer = choose_tokenizer(options.tokenizer, [text[:cut]], options.vocab_size, "shakespeare")
     meta = write_dataset(FOLDER, [text[:cut]], [text[cut:]], tokenizer, SHA256, prompt="ROMEO:\n")
-    print_summary(FOLDER, meta, time.time() - start)
+    print_summary(FOLDER, meta)
 
 
 def source_file(source: str | None) -> Path:
     """The verified file: the user's copy, or one downloaded into this folder."""
     if source is None:
         return download(URL, SHA256, FOLDER / "input.txt")
-    if not Path(source).is_file():
-        raise ValueError(f"--source={source} is not a file")
-    check_sha256(
-        Path(source), SHA256, f"--source={source} (for text of your own use data/textfile/prepare.py; this)"
-    )
+    what = f"--source={source} (for text of your own use data/textfile/prepare.py; this)"
+    check_sha256(Path(source), SHA256, what)
     return Path(source)
 
 

@@ -9,19 +9,14 @@ sorted order (names that begin with a dot are skipped, and so are binary files),
 validation by their names.
 """
 
-import os
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from config import bad_input_exits, parse
+from config import bad_input_exits, parse, require
 from data import write_dataset
-from data.source import digest, name_hash, print_summary, read_text
+from data.source import digest, name_hash, print_summary, read_text, read_texts, walk
 from data.tokenizer import choose_tokenizer
 
 FOLDER = Path(__file__).parent
@@ -42,9 +37,7 @@ class Options:
 def main(argv: list[str]) -> None:
     """Write a dataset from --source. ValueError: nothing there, not text, too small, options out of range."""
     options = Options(**parse(argv, Options)[0])
-    if not 0 < options.val_fraction < 1:
-        raise ValueError(f"--val_fraction={options.val_fraction}; allowed is anything between 0 and 1")
-    start = time.time()
+    require(0 < options.val_fraction < 1, "val_fraction", options.val_fraction, "between 0 and 1")
     out_dir = Path(options.out_dir) if options.out_dir else FOLDER
     files = read_source(options.source, out_dir)
     n_chars = sum(map(len, files.values()))
@@ -55,7 +48,7 @@ def main(argv: list[str]) -> None:
     train, val = split(files, options.val_fraction)
     tokenizer = choose_tokenizer(options.tokenizer, train, options.vocab_size, out_dir.name)
     meta = write_dataset(out_dir, train, val, tokenizer, digest(files.items()))
-    print_summary(out_dir, meta, time.time() - start)
+    print_summary(out_dir, meta)
 
 
 def read_source(source: str | None, out_dir: Path) -> dict[str, str]:
@@ -63,32 +56,13 @@ def read_source(source: str | None, out_dir: Path) -> dict[str, str]:
     if source is None:
         raise ValueError("say what to read: python data/textfile/prepare.py --source=FILE_OR_FOLDER")
     path = Path(source)
-    if path.is_file():
-        return {path.name: read_text(path)}
     if not path.is_dir():
-        raise ValueError(f"--source={source} does not exist")
-    names = sorted(name for name in walk(path) if out_dir.resolve() not in (path / name).resolve().parents)
-    texts = {name: text_or_none(path / name) for name in tqdm(names, "reading", unit=" files", disable=None)}
-    files = {name: text for name, text in texts.items() if text and text.strip()}
-    print(f"{len(files)} text files; {len(names) - len(files)} others were skipped")
+        return {path.name: read_text(path)}
+    paths = {name: path / name for name in walk(path, lambda name: name.startswith("."))}
+    paths = {name: path for name, path in paths.items() if out_dir.resolve() not in path.resolve().parents}
+    files = read_texts(paths)
+    print(f"{len(files)} text files; {len(paths) - len(files)} others were skipped")
     return files
-
-
-def walk(folder: Path) -> Iterator[str]:
-    """Paths relative to `folder`, with forward slashes, without hidden ones."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                yield Path(parent, name).relative_to(folder).as_posix()
-
-
-def text_or_none(path: Path) -> str | None:
-    """The text of a file, None if it is not text or cannot be read."""
-    try:
-        return read_text(path)
-    except (ValueError, OSError):
-        return None
 
 
 def split(files: dict[str, str], val_fraction: float) -> tuple[list[str], list[str]]:
