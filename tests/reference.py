@@ -7,10 +7,26 @@ B sequences, T tokens in each, E experts, k experts per token on average.
 S tokens in the batch, C model width, H hidden width of an expert, D width of an attention head, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import wraps
 
 import torch
 from torch import Tensor
+
+Sequence = list[list[float]]  # scores of one sequence: T tokens, E experts
+
+
+def of_each_sequence(pairs: Callable[..., Iterable[tuple[int, int]]]) -> Callable[..., Tensor]:
+    """From the (token, expert) pairs of one sequence to a router: scores (B, T, E) -> mask (B, T, E)."""
+
+    @wraps(pairs)
+    def route(scores: Tensor, *args, **how) -> Tensor:
+        taken = [(b, t, e) for b, seq in enumerate(scores.tolist()) for t, e in pairs(seq, *args, **how)]
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        mask[torch.tensor(taken, dtype=torch.int64).view(-1, 3).unbind(-1)] = True
+        return mask
+
+    return route
 
 
 def best_experts(token: list[float]) -> list[int]:
@@ -23,33 +39,23 @@ def candidates(t: int, token: list[float], low: int, high: int) -> list[tuple[fl
     return [(-token[e], t, rank, e) for rank, e in enumerate(best_experts(token)) if low <= rank < high]
 
 
-def empty_mask(scores: Tensor) -> list[list[list[bool]]]:
-    B, T, E = scores.shape
-    return [[[False] * E for _ in range(T)] for _ in range(B)]
+def bound(max_experts: int | None, k: int, sequence: Sequence) -> int:
+    return min(k + 2, len(sequence[0])) if max_experts is None else max_experts
 
 
-def ref_topk(scores: Tensor, k: int) -> Tensor:
-    mask = empty_mask(scores)
-    for b, sequence in enumerate(scores.tolist()):
-        for t, token in enumerate(sequence):
-            for e in best_experts(token)[:k]:
-                mask[b][t][e] = True
-    return torch.tensor(mask)
+@of_each_sequence
+def ref_topk(sequence: Sequence, k: int):
+    for t, token in enumerate(sequence):
+        yield from ((t, e) for e in best_experts(token)[:k])
 
 
-def ref_seqtopk(scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None) -> Tensor:
-    _, T, E = scores.shape
-    high = min(k + 2, E) if max_experts is None else max_experts
-    mask = empty_mask(scores)
-    for b, sequence in enumerate(scores.tolist()):
-        pool = []
-        for t, token in enumerate(sequence):
-            for e in best_experts(token)[:min_experts]:
-                mask[b][t][e] = True
-            pool += candidates(t, token, min_experts, high)
-        for _, t, _, e in sorted(pool)[: T * (k - min_experts)]:
-            mask[b][t][e] = True
-    return torch.tensor(mask)
+@of_each_sequence
+def ref_seqtopk(sequence: Sequence, k: int, min_experts: int = 1, max_experts: int | None = None):
+    high, pool = bound(max_experts, k, sequence), []
+    for t, token in enumerate(sequence):
+        yield from ((t, e) for e in best_experts(token)[:min_experts])
+        pool += candidates(t, token, min_experts, high)
+    yield from ((t, e) for _, t, _, e in sorted(pool)[: len(sequence) * (k - min_experts)])
 
 
 def ref_batchtopk(scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None) -> Tensor:
@@ -58,71 +64,60 @@ def ref_batchtopk(scores: Tensor, k: int, min_experts: int = 1, max_experts: int
     return ref_seqtopk(end_to_end, k, min_experts, max_experts).view(scores.shape)
 
 
+@of_each_sequence
 def ref_online_seqtopk(
-    scores: Tensor,
+    sequence: Sequence,
     k: int,
     min_experts: int = 1,
     max_experts: int | None = None,
     strict: bool = True,
     prior: tuple[int, Tensor] = (0, torch.empty(0)),
-) -> Tensor:
+):
     """prior: tokens that came before the first one, and the scores of their candidates in any order."""
-    high = min(k + 2, scores.shape[-1]) if max_experts is None else max_experts
-    mask = empty_mask(scores)
-    for b, sequence in enumerate(scores.tolist()):
-        past = [(-score, -1, 0, -1) for score in prior[1].tolist()]  # "token -1": earlier than all others
-        spent = 0  # candidates taken so far, the always-taken experts not counted
-        for t, token in enumerate(sequence):
-            budget = (t + 1) * (k - min_experts)
-            own = candidates(t, token, min_experts, high)
-            past = sorted(past + own)
-            best = past[: budget + prior[0] * (k - min_experts)]
-            taken = [c for c in best if c[1] == t]  # at or above the threshold, the last of the best
-            if strict:
-                taken = taken[: budget - spent]
-            spent += len(taken)
-            for e in best_experts(token)[:min_experts] + [c[3] for c in taken]:
-                mask[b][t][e] = True
-    return torch.tensor(mask)
+    high = bound(max_experts, k, sequence)
+    past = [(-score, -1, 0, -1) for score in prior[1].tolist()]  # "token -1": earlier than all others
+    spent = 0  # candidates taken so far, the always-taken experts not counted
+    for t, token in enumerate(sequence):
+        budget = (t + 1) * (k - min_experts)
+        past = sorted(past + candidates(t, token, min_experts, high))
+        best = past[: budget + prior[0] * (k - min_experts)]
+        taken = [e for _, token_of, _, e in best if token_of == t]  # at or above the threshold: the last best
+        if strict:
+            taken = taken[: budget - spent]
+        spent += len(taken)
+        yield from ((t, e) for e in best_experts(token)[:min_experts] + taken)
 
 
-def ref_discount(scores: Tensor) -> Tensor:
-    """The nth best score of a token divided by n, or multiplied by n if it is below 0."""
-    rows = scores.tolist()
-    for token in (token for sequence in rows for token in sequence):
-        for n, e in enumerate(best_experts(token), start=1):
-            token[e] = token[e] / n if token[e] > 0 else token[e] * n
-    return torch.tensor(rows)
+def ref_active(scores: Tensor, active: Tensor, k: int, **how) -> Tensor:
+    """Each row as if its active tokens were all there is; no expert for the others."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for b, real in enumerate(active):
+        if real.any():
+            mask[b, real] = ref_online_seqtopk(scores[b : b + 1, real], k, **how)[0]
+    return mask
 
 
-def ref_expert_choice(scores: Tensor, k: int) -> Tensor:
-    _, T, E = scores.shape
+@of_each_sequence
+def ref_expert_choice(sequence: Sequence, k: int):
+    T, E = len(sequence), len(sequence[0])
     share, spare = divmod(T * k, E)
-    mask = empty_mask(scores)
-    for b, sequence in enumerate(scores.tolist()):
-        next_best = []  # (-score, expert, token): what each expert would take with one pair more
-        for e in range(E):
-            tokens = sorted(range(T), key=lambda t: (-sequence[t][e], t))
-            for t in tokens[:share]:
-                mask[b][t][e] = True
-            next_best += [(-sequence[t][e], e, t) for t in tokens[share : share + 1]]
-        for _, e, t in sorted(next_best)[:spare]:
-            mask[b][t][e] = True
-    return torch.tensor(mask)
+    next_best = []  # (-score, expert, token): what each expert would take with one pair more
+    for e in range(E):
+        tokens = sorted(range(T), key=lambda t: (-sequence[t][e], t))
+        yield from ((t, e) for t in tokens[:share])
+        next_best += [(-sequence[t][e], e, t) for t in tokens[share : share + 1]]
+    yield from ((t, e) for _, e, t in sorted(next_best)[:spare])
 
 
-def ref_top_p(scores: Tensor, k: int, mass: float) -> Tensor:
-    mask = empty_mask(scores)
-    for b, sequence in enumerate(scores.tolist()):
-        for t, token in enumerate(sequence):
-            best = best_experts(token)
-            total, held = sum(token[e] for e in best), 0.0
-            for n, e in enumerate(best):
-                if n > 0 and held >= mass * total:
-                    break
-                mask[b][t][e] = True
-                held += token[e]
-    return torch.tensor(mask)
+@of_each_sequence
+def ref_top_p(sequence: Sequence, k: int, mass: float):
+    for t, token in enumerate(sequence):
+        best, held = best_experts(token), 0.0
+        total = sum(token[e] for e in best)
+        for n, e in enumerate(best):
+            if n == 0 or held < mass * total:
+                yield t, e
+            held += token[e]
 
 
 def ref_null_experts(scores: Tensor, k: int, n_null: int) -> Tensor:
@@ -130,17 +125,17 @@ def ref_null_experts(scores: Tensor, k: int, n_null: int) -> Tensor:
     return ref_topk(scores, round(k * (1 + n_null / n_expert)))
 
 
-def ref_expert_threshold(scores: Tensor, cutoff: Tensor) -> Tensor:
-    """scores (B, T, E) without a bias, cutoff (E,)."""
-    mask = empty_mask(scores)
-    for b, sequence in enumerate(scores.tolist()):
-        for t, token in enumerate(sequence):
-            mask[b][t] = [score > c for score, c in zip(token, cutoff.tolist())]
-    return torch.tensor(mask)
+@of_each_sequence
+def ref_expert_threshold(sequence: Sequence, cutoff: Tensor):
+    """cutoff (E,): of each expert."""
+    for t, token in enumerate(sequence):
+        yield from ((t, e) for e, score in enumerate(token) if score > cutoff[e].item())
 
 
-def ref_remoe(scores: Tensor, k: int) -> Tensor:
-    return torch.tensor([[[score > 0 for score in token] for token in b] for b in scores.tolist()])
+@of_each_sequence
+def ref_remoe(sequence: Sequence, k: int):
+    for t, token in enumerate(sequence):
+        yield from ((t, e) for e, score in enumerate(token) if score > 0)
 
 
 # What must be said for some routers, and what makes the experts of tiny models' tokens vary.

@@ -5,6 +5,7 @@ import torch
 
 from model import MoEConfig, MoEGPT, run_experts
 from router import ROUTERS, topk
+from tests.cases import make_scores, select
 from tests.reference import ref_run_experts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -35,8 +36,8 @@ def test_run_experts_equals_its_reference(dtype):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers_agree_with_the_cpu(name):
     """A mask does not depend on the device, ties included."""
-    scores = (torch.rand(3, 100, 16, generator=torch.Generator().manual_seed(0)) * 8).round()
-    assert torch.equal(ROUTERS[name].select(scores.cuda(), 3).cpu(), ROUTERS[name].select(scores, 3))
+    scores = make_scores("four_levels", 3, 100, 16)
+    assert torch.equal(select(name, scores.cuda(), 3).cpu(), select(name, scores, 3))
 
 
 def test_decoding_with_caches_equals_the_forward_without():

@@ -5,21 +5,21 @@ import importlib.util
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import ROOT, RUN, SHAPE, assert_same, error_line, flags
 
-import bench
 import data
 import train
-from config import bad_input_exits
-from data.gsm8k import prepare as gsm8k
-from model import Chunk, MoEGPT, load_checkpoint
+from data.arithmetic.prepare import prompt_of
+from data.gsm8k import prepare
+from experiments import gsm8k, lab, solve, switch
+from model import Chunk, MoE, MoEGPT, load_checkpoint
 from train import RoundingAdamW, TrainConfig, round_at_random
 
-ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 HF = all(map(importlib.util.find_spec, ("transformers", "safetensors", "tokenizers")))
 needs_hf = pytest.mark.skipif(not HF, reason="needs requirements-hf.txt")
@@ -31,33 +31,13 @@ PROBLEMS = [
     for a in range(3, 13)
     for b in range(2, 9)
 ]
-TRAIN = {
-    "router": "seqtopk",
-    "block_size": 64,
-    "batch_size": 2,
-    "max_iters": 3,
-    "warmup_iters": 0,
-    "learning_rate": 1e-3,
-    "eval_interval": 2,
-    "eval_windows": 4,
-    "log_interval": 1,
-    "sample_tokens": 4,
-    "device": "cpu",
-}
+TRAIN = RUN | {"router": "seqtopk", "block_size": 64, "batch_size": 2, "max_iters": 3, "warmup_iters": 0}
+TRAIN |= {"learning_rate": 1e-3, "eval_interval": 2, "sample_tokens": 4}
 
 
-def flags(**settings):
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def fails(capsys, main, *argv):
-    """The one line on stderr with which a script ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop, bad_input_exits():
-        main([*argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    return err
+def write_problems(path, problems=PROBLEMS):
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return path
 
 
 # -------- the optimiser
@@ -77,35 +57,44 @@ def test_rounding_is_unbiased():
     assert torch.equal(round_at_random(exact.float(), draw), exact)
 
 
-def groups(dtype, count=2):
-    generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(40, 50, generator=generator).to(dtype).requires_grad_() for _ in range(count)]
-    return weights, grouped(weights)
+ADAMW = {"lr": 0.01, "betas": (0.8, 0.9)}
 
 
-def grouped(weights):
-    return [{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.0}]
-
-
-def descend(optimizer, weights, steps, start=0):
-    """Follow gradients that depend on the weights and on the number of the step."""
-    for step in range(start, start + steps):
+def descend(kind, weights, steps, state=None, **options):
+    """Optimise (40, 50) weights by gradients that depend on them and on the number of the step."""
+    first, second = ({"params": [w], "weight_decay": d} for w, d in zip(weights, (0.1, 0.0)))
+    optimizer = kind([first, second], **ADAMW, **options)
+    if state:
+        optimizer.load_state_dict(state)
+    for step in steps:
         for place, weight in enumerate(weights):
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(10 * step + place))
             weight.grad = (weight.detach().float() + noise).to(weight.dtype)
         optimizer.step()
+    return optimizer.state_dict()
+
+
+def two_weights(dtype):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(40, 50, generator=generator).to(dtype).requires_grad_() for _ in range(2)]
 
 
 def test_in_float32_it_is_torchs_adamw(monkeypatch):
     """Float32 weights follow torch's AdamW, in pieces or not, with weight decay and without."""
     monkeypatch.setattr(RoundingAdamW, "PIECE", 700)
-    options = {"lr": 0.01, "betas": (0.8, 0.9)}
-    ours, our_groups = groups(torch.float32)
-    theirs, their_groups = groups(torch.float32)
-    descend(RoundingAdamW(our_groups, **options, seed=1), ours, 20)
-    descend(torch.optim.AdamW(their_groups, **options), theirs, 20)
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    ours, theirs = two_weights(torch.float32), two_weights(torch.float32)
+    descend(RoundingAdamW, ours, range(20), seed=1)
+    descend(torch.optim.AdamW, theirs, range(20))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_its_state_resumes_to_the_last_bit():
+    """Stopped after 3 steps, saved, loaded and continued, bfloat16 weights are those of 6 steps."""
+    straight, stopped = two_weights(torch.bfloat16), two_weights(torch.bfloat16)
+    descend(RoundingAdamW, straight, range(6), seed=1)
+    state = descend(RoundingAdamW, stopped, range(3), seed=1)
+    descend(RoundingAdamW, stopped, range(3, 6), state, seed=2)
+    assert_same(straight, stopped)
 
 
 def test_small_updates_add_up():
@@ -121,61 +110,28 @@ def test_small_updates_add_up():
     assert moved == pytest.approx(200 * 1e-5, rel=0.05)
 
 
-def test_its_state_resumes_to_the_last_bit():
-    """Stopped after 3 steps, saved, loaded and continued, bfloat16 weights are those of 6 steps."""
-    options = {"lr": 0.01, "betas": (0.8, 0.9)}
-    straight, straight_groups = groups(torch.bfloat16)
-    descend(RoundingAdamW(straight_groups, **options, seed=1), straight, 6)
-    stopped, stopped_groups = groups(torch.bfloat16)
-    first = RoundingAdamW(stopped_groups, **options, seed=1)
-    descend(first, stopped, 3)
-    resumed = [weight.detach().clone().requires_grad_() for weight in stopped]
-    second = RoundingAdamW(grouped(resumed), **options, seed=2)
-    second.load_state_dict(first.state_dict())
-    descend(second, resumed, 3, start=3)
-    for a, b in zip(straight, resumed):
-        assert torch.equal(a, b)
-
-
 # -------- what learns, and what is computed again
 
 
 def tiny(**settings):
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_expert": 4, "k": 2, "n_hidden": 16, "vocab_size": 50}
-    return TrainConfig(**shape | {"router": "seqtopk", "block_size": 16} | settings)
+    return TrainConfig(**SHAPE | {"vocab_size": 50, "router": "seqtopk", "block_size": 16} | settings)
 
 
 @pytest.mark.parametrize("router", ["seqtopk", "online_seqtopk"])
-def test_blocks_computed_again_change_nothing(router):
-    """Loss and every gradient are the same to the last bit, with recomputed blocks and without."""
-    torch.manual_seed(0)
-    idx = torch.randint(50, (3, 17))
-    results = []
+def test_blocks_computed_again_change_nothing(router, monkeypatch):
+    """With checkpoint_activations each block runs again going backward, so that nothing was kept; loss and
+    every gradient are the same to the last bit."""
+    results, runs, select = [], [], MoE.select
+    monkeypatch.setattr(MoE, "select", lambda *args: runs.append(1) or select(*args))
+    idx = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(0))
     for again in (False, True):
         torch.manual_seed(1)
         model = train.make_model(tiny(checkpoint_activations=again, router=router), None)
         _, loss, stats = model(idx[:, :-1], idx[:, 1:])
         (loss + 0.01 * stats.balance_loss + 0.001 * stats.z_loss).backward()
-        results.append([loss, *(parameter.grad for parameter in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_a_recomputed_block_runs_twice(monkeypatch):
-    """With checkpoint_activations each block runs again in the backward pass, so that nothing was kept."""
-    model, runs = train.make_model(tiny(checkpoint_activations=True), None), []
-    gate = model.blocks[0].mlp.gate
-    monkeypatch.setattr(type(model.blocks[0].mlp), "select", counting(type(model.blocks[0].mlp).select, runs))
-    idx = torch.randint(50, (1, 16))
-    model(idx, idx)[1].backward()
-    assert len(runs) == 4 and gate.weight.grad is not None
-
-
-def counting(function, calls):
-    def counted(*args):
-        calls.append(1)
-        return function(*args)
-
-    return counted
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert_same(*results)
+    assert len(runs) == 2 + 4
 
 
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
@@ -207,54 +163,35 @@ def test_bfloat16_weights_are_computed_with_as_such(capsys):
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
-    path.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
-    return path
-
-
-def save_tokenizer(folder):
-    """A byte-level tokenizer.json of 300 tokens, as OLMoE's is."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([p["question"] + " " + p["answer"] for p in PROBLEMS], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return write_problems(tmp_path_factory.mktemp("problems") / "problems.jsonl")
 
 
 @pytest.fixture(scope="module")
 def olmoe(tmp_path_factory):
     """A random OLMoE checkpoint in a folder, whose embedding is padded to more ids than its tokenizer has."""
+    import tokenizers
     import transformers
 
     folder = tmp_path_factory.mktemp("hf") / "olmoe"
-    config = transformers.OlmoeConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=256,
-        eos_token_id=0,
-    )
+    config = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 16, "max_position_embeddings": 256}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 8, "num_experts_per_tok": 2}
     torch.manual_seed(0)
-    transformers.OlmoeForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder)
+    model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**config, eos_token_id=0))
+    model.save_pretrained(folder)
+    tokenizer, texts = (
+        tokenizers.ByteLevelBPETokenizer(),
+        [f"{p['question']} {p['answer']}" for p in PROBLEMS],
+    )
+    tokenizer.train_from_iterator(texts, 300, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def dataset(problems, olmoe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gsm8k")
-    gsm8k.main(flags(source=problems, tokenizer=olmoe, out_dir=folder))
+    prepare.main(flags(source=problems, tokenizer=olmoe, out_dir=folder))
     return folder
 
 
@@ -276,15 +213,14 @@ def tuned(request, olmoe, dataset, tmp_path_factory):
 def test_a_pretrained_model_is_tuned(tuned, olmoe):
     """The loss starts at the pretrained model's; what is to learn has moved, and the rest has not."""
     settings, folder = tuned
+    gates_alone = settings.get("train_only") == "router"
     old, new = MoEGPT.from_pretrained(olmoe), MoEGPT.from_checkpoint(load_checkpoint(folder / "last.pt"))
     assert new.config == replace(old.config, router="seqtopk", block_size=64)
     for (name, a), b in zip(old.named_parameters(), new.parameters()):
-        may_move = settings.get("train_only") != "router" or ".gate." in name
-        b = b.to(a.dtype)
-        assert torch.allclose(a, b, atol=1e-3 if not may_move else 0.05), name
-        if ".gate." in name:
-            assert not torch.equal(a, b)
-    if settings.get("train_only") == "router":
+        atol = 1e-3 if gates_alone and ".gate." not in name else 0.05
+        assert torch.allclose(a, b.to(a.dtype), atol=atol), name
+        assert ".gate." not in name or not torch.equal(a, b)
+    if gates_alone:
         assert torch.equal(new.head.weight, old.head.weight.bfloat16().float())
 
 
@@ -295,23 +231,16 @@ def test_tuning_resumes_to_the_last_bit(tuned, tmp_path):
     train.main(flags(**settings | {"max_iters": 2, "lr_decay_iters": 3}, out_dir=tmp_path / "run"))
     train.main(flags(init_from="resume", out_dir=tmp_path / "run", max_iters=3))
     straight, resumed = (load_checkpoint(path / "last.pt") for path in (folder, tmp_path / "run"))
-    assert straight["optimizer"].keys() == resumed["optimizer"].keys()
-    for name in straight["model"]:
-        assert straight["model"][name].dtype == resumed["model"][name].dtype
-        assert torch.equal(straight["model"][name], resumed["model"][name]), name
-    for key, state in straight["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, resumed["optimizer"]["state"][key][name]), (key, name)
+    for part in ("model", "optimizer"):
+        assert_same(straight[part], resumed[part])
 
 
 @needs_hf
 def test_the_validation_loss_is_that_of_the_answers(olmoe, dataset):
     """Nats per learned token and bits per byte of the answers, as summed over windows one by one."""
-    config = TrainConfig(**TRAIN | {"init_from": str(olmoe), "dataset": str(dataset), "eval_windows": 99})
-    _, checkpoint = train.read_config(flags(init_from=olmoe, dataset=dataset))
-    config, opened = train.open_dataset(
-        replace(config, **checkpoint["config"] | {"block_size": 64}), checkpoint
-    )
+    settings = TRAIN | {"init_from": olmoe, "dataset": dataset, "eval_windows": 99}
+    config, checkpoint = train.read_config(flags(**settings))
+    config, opened = train.open_dataset(config, checkpoint)
     run = train.set_up(config, opened, checkpoint)
     nats, learned = 0.0, []
     for x, y in opened.val_batches(64, 1, 99):
@@ -326,44 +255,47 @@ def test_the_validation_loss_is_that_of_the_answers(olmoe, dataset):
     assert result["bpb"] == pytest.approx(nats / n_bytes / 0.693147, rel=1e-5)
 
 
-def measure(capsys, *argv):
+def measure(capsys, question, *argv):
+    """The rows of an experiment's answer."""
     with pytest.raises(SystemExit) as stop:
-        bench.main([*argv, "--device=cpu"])
+        lab.main(question.answer, question.Options, [*argv, "--device=cpu"])
     out = capsys.readouterr().out
     assert stop.value.code == 0, out
-    return json.loads(out.splitlines()[-1])["parts"]
+    [rows] = json.loads(out.splitlines()[-1])["parts"].values()
+    return rows
 
 
 @needs_hf
+@pytest.mark.parametrize("tuned", ["bfloat16"], indirect=True)
 @pytest.mark.parametrize("shots", [0, 2])
 def test_exact_match(tuned, dataset, capsys, shots, monkeypatch):
     """Answers are kept; a second start computes none again, and another router's are not taken for them."""
     _, folder = tuned
-    monkeypatch.setattr(bench, "ANSWER_TOKENS", 12)
-    argv = ["gsm8k", *flags(init_from=folder, dataset=dataset, shots=shots, batch_size=2, problems=3)]
-    [row] = measure(capsys, *argv)["gsm8k"]
+    monkeypatch.setattr(gsm8k, "ANSWER_TOKENS", 12)
+    argv = [gsm8k, *flags(init_from=folder, dataset=dataset, shots=shots, batch_size=2, problems=3)]
+    [row] = measure(capsys, *argv)
     assert row["problems"] == 3 and row["exact match"][0] == 0
     kept = {path: path.read_text() for path in folder.glob(f"gsm8k-online_seqtopk-{shots}shot-*.jsonl")}
     assert len(kept) == 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "answer", None)
-        assert measure(capsys, *argv)["gsm8k"] == [row]
+        patch.setattr(solve, "answer", None)
+        assert measure(capsys, *argv) == [row]
     [(path, text)] = kept.items()
     path.write_text(text[:-9])  # as a crash may leave it
-    assert measure(capsys, *argv)["gsm8k"] == [row]
+    assert measure(capsys, *argv) == [row]
     measure(capsys, *argv, "--router=topk")
     assert len(list(folder.glob(f"gsm8k-*-{shots}shot-*.jsonl"))) == 2
 
 
 def test_right_answers_are_counted(problems, tmp_path, capsys, monkeypatch):
     """Exact match compares the first number after #### and before another question with the official one."""
-    gsm8k.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "data"))
+    prepare.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "data"))
     run = tmp_path / "run"
     train.main(flags(**TRAIN | {"max_iters": 1}, dataset=tmp_path / "data", out_dir=run))
-    right = {bench.prompt_of(p["question"]): p["answer"] for p in PROBLEMS}
-    tested = bench.read_test(tmp_path / "data" / "test.jsonl")
-    wrong = bench.prompt_of(tested[0].prompt)
+    right = {prompt_of(p["question"]): p["answer"] for p in PROBLEMS}
+    tested = gsm8k.read_test(tmp_path / "data" / "test.jsonl")
+    wrong = prompt_of(tested[0].prompt)
 
     def answer(model, tokenizer, prompts, room, router):
         answers = [f" {right[prompt]}\n#### 7" for prompt in prompts]
@@ -371,25 +303,24 @@ def test_right_answers_are_counted(problems, tmp_path, capsys, monkeypatch):
             answers[prompts.index(wrong)] = f" #### $1\n\nQuestion: And?\nAnswer: {right[wrong]}"
         return [(text, 2.0) for text in answers]
 
-    monkeypatch.setattr(bench, "answer", answer)
-    [row] = measure(capsys, "gsm8k", *flags(out_dir=run, dataset=tmp_path / "data"))["gsm8k"]
+    monkeypatch.setattr(solve, "answer", answer)
+    [row] = measure(capsys, gsm8k, *flags(init_from=run, dataset=tmp_path / "data"))
     assert row["problems"] == len(tested) > 1 and row["experts per token"] == 2
     assert row["exact match"][0] == pytest.approx(1 - 1 / len(tested), rel=1e-4)
-    [row] = measure(capsys, "gsm8k", *flags(out_dir=run, dataset=tmp_path / "data", k=3))["gsm8k"]
+    [row] = measure(capsys, gsm8k, *flags(init_from=run, dataset=tmp_path / "data", k=3))
     assert ", K=3, " in row["what"] and len(list(run.glob("gsm8k-*.jsonl"))) == 2
 
 
 def test_what_was_learned_is_solved(tmp_path, capsys):
     """A model that has learned some problems, each among others, solves them one by one."""
-    source = tmp_path / "few.jsonl"
-    source.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS[::3]))
+    source = write_problems(tmp_path / "few.jsonl", PROBLEMS[::6])
     folder, run = tmp_path / "data", tmp_path / "run"
-    gsm8k.main(flags(source=source, test_source=source, tokenizer="bpe", vocab_size=300, out_dir=folder))
-    settings = {"max_iters": 120, "eval_interval": 120, "batch_size": 8, "block_size": 96, "n_layer": 2}
-    settings |= {"learning_rate": 4e-3, "warmup_iters": 10, "eval_windows": 1, "sample_tokens": 0}
+    prepare.main(flags(source=source, test_source=source, tokenizer="bpe", vocab_size=300, out_dir=folder))
+    settings = {"n_layer": 2, "n_embd": 64, "n_expert": 4, "n_hidden": 64, "block_size": 96, "batch_size": 8}
+    settings |= {"max_iters": 100, "eval_interval": 100, "learning_rate": 0.01, "warmup_iters": 10}
     train.main(flags(**TRAIN | settings, dataset=folder, out_dir=run))
-    [row] = measure(capsys, "gsm8k", *flags(init_from=run / "last.pt", dataset=folder))["gsm8k"]
-    assert row["problems"] == 24 and row["exact match"][0] > 0.7
+    [row] = measure(capsys, gsm8k, *flags(init_from=run / "last.pt", dataset=folder))
+    assert row["problems"] == 12 and row["exact match"][0] > 0.7
 
 
 def test_generation_ends_after_the_final_answers():
@@ -406,32 +337,33 @@ def test_generation_ends_after_the_final_answers():
 
     head = SimpleNamespace(weight=torch.zeros(1))
     model = SimpleNamespace(head=head, new_cache=lambda *size: None, generate=generate)
-    (first, mean), (second, _) = bench.answer(model, tokenizer, ["ab", "a"], 150, None)
-    assert first.startswith("a #### 12\nQ") and len(first) <= 2 * bench.CHECK_EVERY and second == "#### 1"
+    (first, mean), (second, _) = solve.answer(model, tokenizer, ["ab", "a"], 150, None)
+    assert first.startswith("a #### 12\nQ") and len(first) <= 2 * solve.CHECK_EVERY and second == "#### 1"
     assert mean == pytest.approx((2 + 3 * len(first)) / (2 + len(first)))
 
 
 @needs_hf
 def test_the_prompt_is_that_of_training(dataset):
-    """What bench.py gives a model comes before the first learned token; examples are whole problems."""
+    """What the experiment gives a model comes before the first learned token; examples are whole problems."""
     opened = data.load(str(dataset))
     x, y = opened.train_batch(0, 1, 64, 1)
     first = int((y[0] >= 0).nonzero()[0])
     text = opened.tokenizer.decode(x[0, : first + 1].tolist())
     question = text.removeprefix("Question: ").removesuffix("\nAnswer:")
-    assert text == bench.prompt_of(question) and question in [p["question"] for p in PROBLEMS]
-    shots = bench.examples(opened, 2).split("\n\n")
-    documents = [f"{bench.prompt_of(p['question'])} {p['answer']}" for p in PROBLEMS]
+    assert text == prompt_of(question) and question in [p["question"] for p in PROBLEMS]
+    shots = gsm8k.examples(opened, 2).split("\n\n")
+    documents = [f"{prompt_of(p['question'])} {p['answer']}" for p in PROBLEMS]
     assert len(shots) == 3 and set(shots[:2]) <= set(documents) and shots[2] == ""
 
 
 @needs_hf
+@pytest.mark.parametrize("tuned", ["router"], indirect=True)
 @pytest.mark.parametrize("which", ["run", "folder"])
 def test_switch(tuned, olmoe, capsys, tmp_path, which):
     """A row for each K up to E and each router; under topk, the checkpoint's K gives the model's loss."""
     (tmp_path / "text.txt").write_text("".join(p["question"] for p in PROBLEMS[:8]))
     argv = flags(init_from=tuned[1] if which == "run" else olmoe, text=tmp_path / "text.txt", tokens=32)
-    rows = measure(capsys, "switch", *argv, "--dtype=float32")["switch"]
+    rows = measure(capsys, switch, *argv, "--dtype=float32")
     assert [row["what"].split(", ")[1] for row in rows[::3]] == ["K=8", "K=4", "K=2"] and len(rows) == 9
     assert ["(sees the future)" in row["what"] for row in rows] == [False, True, False] * 3
     assert rows[0]["nats/token"] == rows[1]["nats/token"] == rows[2]["nats/token"]  # K = E: all to all
@@ -452,10 +384,10 @@ def test_the_real_gsm8k(olmoe, tmp_path):
     source = SHARED / "gsm8k_train.jsonl"
     if not source.is_file():
         pytest.skip("no copy of GSM8K")
-    gsm8k.main(flags(source=source, tokenizer=olmoe, out_dir=tmp_path))
+    prepare.main(flags(source=source, tokenizer=olmoe, out_dir=tmp_path))
     opened = data.load(str(tmp_path))
     assert opened.meta["train"]["documents"] + opened.meta["val"]["documents"] == 7473
-    assert len(bench.read_test(tmp_path / "test.jsonl")) == opened.meta["val"]["documents"]
+    assert len(gsm8k.read_test(tmp_path / "test.jsonl")) == opened.meta["val"]["documents"]
     _, y = opened.train_batch(0, 4, 512, 1)
     assert ((y >= 0).sum(1) > 50).all()
 
@@ -464,35 +396,27 @@ def test_the_real_gsm8k(olmoe, tmp_path):
 
 
 @needs_hf
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ({"dataset": "gsm8k", "n_embd": 64}, "n_embd is 32 there and 64 here"),
-        ({"train_only": "experts"}, "train_only is experts, but must be all or router"),
-        ({"weights_dtype": "float16"}, "weights_dtype is float16, but must be float32 or bfloat16"),
-        ({"weights_dtype": "bfloat16", "dtype": "float32"}, "dtype is float32, but must be auto, bfloat16"),
-        ({"train_only": "router", "init_from": "scratch", "n_expert": 1, "k": 1}, "all in a dense model"),
-    ],
-)
-def test_bad_settings(olmoe, capsys, tmp_path, argv, words):
-    """One line each, that names the value and what is allowed."""
-    argv = {"init_from": olmoe, "out_dir": tmp_path / "run"} | argv
-    assert words in fails(capsys, train.main, *flags(**argv))
+def test_what_cannot_be_tuned(olmoe, dataset, problems, capsys, tmp_path):
+    """Another width, tokenizer, or none: one line each, with what differs or the remedy."""
+    prepare.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "bpe"))
+    bare = shutil.copytree(olmoe, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    for settings, words in (
+        ({"init_from": olmoe, "dataset": dataset, "n_embd": 64}, "n_embd is 32 there and 64 here"),
+        ({"init_from": olmoe, "dataset": tmp_path / "bpe"}, f"prepare.py --tokenizer={olmoe}"),
+        ({"init_from": bare, "dataset": dataset}, "tokenizer.json is missing"),
+    ):
+        assert words in error_line(capsys, train.main, *flags(**settings, out_dir=tmp_path / "run"))
 
 
 @needs_hf
-def test_bad_checkpoints(olmoe, dataset, problems, capsys, tmp_path):
-    """Another tokenizer, none, or fewer embeddings than ids: one line each, with the remedy."""
-    gsm8k.main(flags(source=problems, tokenizer="bpe", vocab_size=280, out_dir=tmp_path / "bpe"))
-    argv = flags(init_from=olmoe, dataset=tmp_path / "bpe", out_dir=tmp_path / "run")
-    assert f"prepare.py --tokenizer={olmoe}" in fails(capsys, train.main, *argv)
+def test_what_cannot_be_measured(olmoe, capsys, tmp_path):
+    """A model without a tokenizer, switch without a text, gsm8k without a run: one line each."""
     bare = shutil.copytree(olmoe, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in fails(capsys, train.main, *flags(init_from=bare, dataset=dataset))
-    assert "has no tokenizer.json" in fails(capsys, bench.main, "switch", f"--init_from={bare}", "--text=x")
-
-
-def test_bad_files_for_the_benchmark(capsys, tmp_path):
-    """switch without a text, gsm8k without a run: one line each."""
-    assert "text is None" in fails(capsys, bench.main, "switch", f"--init_from={tmp_path}")
-    assert "no checkpoint at" in fails(capsys, bench.main, "gsm8k", f"--out_dir={tmp_path}")
+    for question, argv, words in (
+        (switch, flags(init_from=bare, text="x"), "tokenizer.json is missing"),
+        (switch, flags(init_from=tmp_path), "text is None"),
+        (gsm8k, flags(init_from=tmp_path), "no checkpoint at"),
+    ):
+        assert words in error_line(capsys, partial(lab.main, question.answer, question.Options), *argv)
