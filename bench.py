@@ -32,8 +32,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-import results
-from config import bad_input_exits, parse, require
+from config import bad_input_exits, parse, require, results
 from config.device import give_back_freed_memory, keep_freed_memory
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk

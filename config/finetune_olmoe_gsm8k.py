@@ -2,7 +2,7 @@
 #
 #   python train.py config/finetune_olmoe_gsm8k.py
 #   python train.py config/finetune_olmoe_gsm8k.py --train_only=router --learning_rate=1e-4   (the cheap way)
-#   python bench.py gsm8k --init_from=out/finetune_olmoe_gsm8k
+#   python experiments/gsm8k.py --init_from=out/finetune_olmoe_gsm8k
 #
 # Memory, worked out for its 6.92e9 parameters, not yet measured on such a GPU:
 #                                    all     router only (2.1e6 learn)

@@ -29,8 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import results
-from config import bad_input_exits, parse, read_file, require
+from config import bad_input_exits, parse, read_file, require, results
 from experiments import solve
 from model import MoEConfig, MoEGPT, load_checkpoint
 from router import ROUTERS

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from config import bad_input_exits, require
+from config.results import RESULTS, lines_of, markdown, read_report, require_matplotlib
 from experiments.lab import mean_and_error
-from results import RESULTS, lines_of, markdown, read_report, require_matplotlib
 
 if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-import results
+from config import results
 from data import AnyTokenizer
 from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of
 from model import Chunk, MoEGPT, load_checkpoint

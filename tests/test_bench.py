@@ -9,9 +9,8 @@ import torch
 
 import bench
 import config.device
-import results
 from bench import Bench, BenchOptions
-from config import bad_input_exits
+from config import bad_input_exits, results
 from model import MoEGPT
 
 SIZES = {"n_embd": 16, "n_hidden": 8, "n_expert": 8, "k": 2, "n_head": 2, "n_layer": 2, "vocab_size": 64}

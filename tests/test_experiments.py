@@ -21,9 +21,8 @@ import torch
 from reference import ref_online_seqtopk, ref_seqtopk
 
 import data
-import results
 import train
-from config import bad_input_exits, parse
+from config import bad_input_exits, parse, results
 from data.arithmetic.prepare import SPLIT, document, prompt_of
 from data.arithmetic.problems import make_problem
 from experiments import arithmetic, batches, difficulty, lab, length, prune, report, routers, solve, sparsity

@@ -999,7 +999,9 @@ def test_help_lists_every_key(capsys):
     assert out.index("--n_expert") < out.index("Training:") < out.index("--batch_size")
 
 
-CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.stem not in ("__init__", "device"))
+CONFIGS = sorted(
+    path for path in (ROOT / "config").glob("*.py") if path.stem not in ("__init__", "device", "results")
+)
 
 
 def settings_of(path):

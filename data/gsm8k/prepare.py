@@ -4,7 +4,7 @@
     python data/gsm8k/prepare.py --source=train.jsonl --test_source=test.jsonl --tokenizer=FOLDER
 
 Problems are learned as data/pairs/prepare.py says. Answers stay as they are published, with their calculator
-notes (<<48/2=24>>), and end in "#### RESULT". test.jsonl, which `python bench.py gsm8k` solves, is the
+notes (<<48/2=24>>), and end in "#### RESULT". test.jsonl, which `python experiments/gsm8k.py` solves, is the
 official test set; with --source alone it is the validation problems, which chose best.pt.
 """
 

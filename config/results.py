@@ -24,7 +24,7 @@ import torch
 from config import require
 from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
 
-HOME = Path(__file__).parent
+HOME = Path(__file__).parents[1]
 RESULTS = HOME / "experiments" / "results"
 
 
