@@ -337,7 +337,7 @@ def decode_row(bench: Bench, model: MoEGPT, batch_size: int, context: int) -> di
     calls = {name: lambda name=name: chunks[name].append(next(streams[name])) for name in caches}
     times = bench.interleave(calls, 2)
     step = {name: median(taken) for name, taken in times.items()}
-    experts = torch.cat([chunk.experts for chunk in chunks[ours]]).float().mean().item()
+    experts = torch.cat([chunk.n_taken for chunk in chunks[ours]]).float().mean().item()
     kv_bytes, expert_bytes = caches[base].kv_nbytes, caches[ours].expert_nbytes
     memory = sum(p.nbytes for p in model.parameters()) + kv_bytes
     return {
@@ -371,7 +371,7 @@ def fill(bench: Bench, model: MoEGPT, caches: dict, batch_size: int, context: in
         cache.reset()
         for part in (part for kv in cache.kv for part in (kv.k, kv.v)):
             part.copy_(torch.randn_like(part[:1, :1]))
-        for experts in filter(None, cache.experts):
+        for experts in filter(None, cache.expert_caches):
             experts.select(bench.scores(batch_size, context, model.config.n_expert, spread))
         cache.mark(context, None)
         cache.advance(context)

@@ -113,9 +113,9 @@ class MoEConfig:
     def has_experts(self, layer: int) -> bool:
         return self.n_expert > 1 and layer >= self.n_dense_layer
 
-    def options_of(self, router: Router) -> dict[str, object]:
-        """What the router takes besides k."""
-        return {name: getattr(self, name) for name in router.options}
+    def options_of(self, row: Router) -> dict[str, object]:
+        """What the router of that row takes besides k."""
+        return {name: getattr(self, name) for name in row.options}
 
 
 MOVED = dict.fromkeys(("seqtopk_discount", "online_seqtopk_discount"), "experiments/discount.py")
@@ -168,7 +168,7 @@ class Stats(NamedTuple):
     balance_loss: Tensor  # scalar, mean over layers; 1 is uniform
     z_loss: Tensor  # scalar, mean over layers
     load: Tensor  # (L, E) pairs that each expert got
-    experts: Tensor  # (L, B, T) experts that each token got
+    n_taken: Tensor  # (L, B, T) experts that each token got
     routing: list[Routing]  # of each layer
 
 
@@ -209,7 +209,7 @@ class Cache:
         self.max_tokens, self.router = max_tokens, router
         self.kv = [KVCache(config, batch_size, max_tokens, device, dtype) for _ in range(config.n_layer)]
         row, size = ROUTERS[router], (batch_size, max_tokens, config.k, config.n_expert)
-        self.experts: list[ExpertCache | None] = [
+        self.expert_caches: list[ExpertCache | None] = [
             row.cache(*size, device=device, **config.options_of(row))
             if row.cache and config.has_experts(layer)
             else None
@@ -223,8 +223,8 @@ class Cache:
         self.pos = 0
         self.padded = False  # some token may not be active
         self.active.fill_(False)
-        for experts in filter(None, self.experts):
-            experts.reset()
+        for cache in filter(None, self.expert_caches):
+            cache.reset()
 
     def mark(self, T: int, active: Tensor | None) -> None:
         """Note which of the next T tokens are real (None: all)."""
@@ -252,7 +252,7 @@ class Cache:
 
     @property
     def expert_nbytes(self) -> int:
-        return sum(experts.nbytes for experts in filter(None, self.experts))
+        return sum(cache.nbytes for cache in filter(None, self.expert_caches))
 
 
 # -------------------- layers ------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 class Context(NamedTuple):
     """What all layers of one forward share."""
 
-    router: Router
+    row: Router  # of ROUTERS
     angles: tuple[Tensor, Tensor]  # of rope_angles
     visible: Tensor | None  # (B or 1, 1, T, pos + T) bool, which keys a query sees; None: all up to itself
     active: Tensor | None  # (B, T) bool, False at padding and in rows that have finished; None: all active
@@ -451,13 +451,13 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def select(self, scores: Tensor, context: Context, cache: ExpertCache | None) -> Tensor:
-        router = context.router
-        if router.takes_bias:
+        row = context.row
+        if row.takes_bias:
             scores = scores + self.bias
         if cache is not None:
             return cache.select(scores, context.active)
-        options = self.config.options_of(router) | ({"state": self.router_state()} if router.state else {})
-        mask = router.select(scores, self.config.k, **options)
+        options = self.config.options_of(row) | ({"state": self.router_state()} if row.state else {})
+        mask = row.select(scores, self.config.k, **options)
         return mask if context.active is None else mask & context.active.unsqueeze(-1)
 
     def weigh(self, scores: Tensor, mask: Tensor) -> Tensor:
@@ -489,10 +489,10 @@ class MoE(nn.Module):
 
     def max_pairs(self, tokens: int, context: Context) -> int | None:
         """A number of pairs that `tokens` tokens cannot exceed, or None if there is none worth padding to."""
-        router, config = context.router, self.config
-        if router.exact:
+        row, config = context.row, self.config
+        if row.exact:
             return tokens * config.k
-        return router.max_pairs(config, tokens, context.pos == 0) if router.max_pairs else None
+        return row.max_pairs(config, tokens, context.pos == 0) if row.max_pairs else None
 
     def router_state(self) -> State:
         return dict(self.state.named_buffers())
@@ -514,13 +514,13 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.has_experts(layer) else MLP(config.n_embd, config.dense_width)
 
     def forward(
-        self, x: Tensor, context: Context, kv: KVCache | None, experts: ExpertCache | None
+        self, x: Tensor, context: Context, kv: KVCache | None, expert_cache: ExpertCache | None
     ) -> tuple[Tensor, Routing | None]:
         x = x + self.attention(self.attention_norm(x), context, kv)
         h = self.mlp_norm(x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(h), None
-        y, routing = self.mlp(h, context, experts)
+        y, routing = self.mlp(h, context, expert_cache)
         return x + y, routing
 
 
@@ -539,7 +539,7 @@ class Chunk(NamedTuple):
     last_hidden: Tensor  # (B, t, C) after the last norm: the head makes the logits of the next tokens of it
 
     @property
-    def experts(self) -> Tensor:
+    def n_taken(self) -> Tensor:
         """(B, t, L) how many experts each token got."""
         return self.mask.sum(-1)
 
@@ -600,8 +600,8 @@ class MoEGPT(nn.Module):
         x = self.embedding(idx)  # (B, T, C)
         routings = []
         for layer, block in enumerate(self.blocks):
-            kv, experts = (cache.kv[layer], cache.experts[layer]) if cache else (None, None)
-            x, routing = block(x, context, kv, experts)
+            caches = (cache.kv[layer], cache.expert_caches[layer]) if cache else (None, None)
+            x, routing = block(x, context, *caches)
             if routing is not None:
                 routings.append(routing)
         if cache:

@@ -199,7 +199,7 @@ def write(chunks: Iterable[Chunk], tokenizer: AnyTokenizer, k: int | None, sampl
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for chunk in chunks:
-        experts = chunk.experts[0].float().mean(-1).tolist()  # one number per token
+        experts = chunk.n_taken[0].float().mean(-1).tolist()  # one number per token
         sample.chunks.append(chunk)
         sample.times.append(time.perf_counter())
         for token, mean in zip(chunk.tokens[0].tolist(), experts, strict=True):
@@ -249,7 +249,7 @@ def describe(model: MoEGPT, router: str) -> str:
 def summary(samples: list[Sample], cache: Cache) -> str:
     written = sum(len(sample.chunks) - 1 for sample in samples)
     seconds = sum(sample.times[-1] - sample.times[0] for sample in samples)  # without the prompts
-    counts = [chunk.experts.flatten() for sample in samples for chunk in sample.chunks]
+    counts = [chunk.n_taken.flatten() for sample in samples for chunk in sample.chunks]
     experts = torch.cat(counts).float() if counts else torch.empty(0)  # none in a dense model
     mean = f", {experts.mean():.2f} experts per token" if len(experts) else ""
     sizes = f"KV cache {human_bytes(cache.kv_nbytes)}, Expert Cache {human_bytes(cache.expert_nbytes)}"

@@ -487,7 +487,7 @@ def evaluate_text(
         nats, tokens = nats + loss.double() * learned.numel(), tokens + learned.numel()
         text_bytes += n_bytes[learned].sum().item()
         load = load + stats.load
-        experts.append(stats.experts.flatten())
+        experts.append(stats.n_taken.flatten())
     result = {"loss": (nats / tokens).item(), "bpb": (nats / text_bytes / math.log(2)).item()}
     return result | routing_summary(load, torch.cat(experts))
 

@@ -448,7 +448,7 @@ def by_token(run: Opened, router: str) -> tuple[Tensor, Tensor, Tensor]:
         log_share = logits.log_softmax(-1)
         loss = -log_share.gather(-1, y.to(device).unsqueeze(-1)).squeeze(-1)
         entropy = -(log_share.exp() * log_share).sum(-1)
-        parts.append([each.cpu() for each in (loss.float(), entropy.float(), stats.experts.movedim(0, -1))])
+        parts.append([each.cpu() for each in (loss.float(), entropy.float(), stats.n_taken.movedim(0, -1))])
     return tuple(torch.cat(each) for each in zip(*parts))
 
 

@@ -39,7 +39,7 @@ def written_experts(bench: lab.Lab, opened: lab.Opened) -> Tensor:
     idx = torch.full((16, 1), opened.dataset.tokenizer.eot, device=bench.device)
     generator = torch.Generator(bench.device).manual_seed(bench.config.seed)
     chunks = model.generate(idx, T - 1, model.new_cache(16, T), generator=generator)
-    return torch.cat([chunk.experts for chunk in chunks], dim=1).float()
+    return torch.cat([chunk.n_taken for chunk in chunks], dim=1).float()
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def read_experts(bench: lab.Lab, opened: lab.Opened) -> Tensor:
     """Experts (16, T, L) of each token of 16 windows of the validation text, T = 4 * block_size."""
     T = 4 * opened.model.config.block_size
     x = torch.cat([x for x, _ in opened.dataset.val_batches(T, 16, 16)]).to(bench.device)
-    return opened.model(x, cache=opened.model.new_cache(len(x), T))[2].experts.movedim(0, -1).float()
+    return opened.model(x, cache=opened.model.new_cache(len(x), T))[2].n_taken.movedim(0, -1).float()
 
 
 if __name__ == "__main__":

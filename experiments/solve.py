@@ -107,7 +107,7 @@ def answer(
             texts = continuations(tokenizer, chunks)
             if all(FINAL_LINE.search(text) or not alive for text, alive in zip(texts, chunk.active[:, -1])):
                 break
-    experts, real = (torch.cat([getattr(c, name) for c in chunks], dim=1) for name in ("experts", "active"))
+    experts, real = (torch.cat([getattr(c, name) for c in chunks], dim=1) for name in ("n_taken", "active"))
     experts = (experts.float().mean(-1) * real).sum(1) / real.sum(1)
     return list(zip(continuations(tokenizer, chunks), experts.tolist()))
 

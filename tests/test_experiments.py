@@ -490,7 +490,7 @@ def test_by_token_is_the_loss_token_by_token(ask):
     expected = -share.gather(-1, y[..., None])[..., 0].log(), -(share * share.log()).sum(-1)
     for found, want in zip((loss, entropy), expected):
         torch.testing.assert_close(found[4:8].double(), want, atol=1e-4, rtol=0)
-    assert torch.equal(experts[4:8], stats.experts.permute(1, 2, 0))
+    assert torch.equal(experts[4:8], stats.n_taken.permute(1, 2, 0))
 
 
 def test_only_what_is_learned_counts_in_a_loss(ask):

@@ -214,7 +214,7 @@ def test_the_layer_equals_its_reference(name, changes, shared_hidden, biased):
     weights = dict(layer.named_parameters()) | {"bias": layer.bias * row.takes_bias}
     parts = [ref_moe(rows, weights, layer.config, lambda scores: select(scores, layer)) for rows in x]
     want, scores, mask = (torch.stack(part) for part in zip(*parts))
-    got, routing = layer(x, NOWHERE._replace(router=row), None)
+    got, routing = layer(x, NOWHERE._replace(row=row), None)
     assert torch.equal(routing.mask, mask) and close(routing.scores, scores) and close(got, want, 1e-5)
     assert close(routing.logits, x @ layer.gate.weight.T) and mask.shape[-1] == 8 + layer.config.n_null
     leaves = list(layer.parameters())
@@ -271,7 +271,7 @@ def test_the_statistics_are_those_of_the_layers(name):
     logits, scores, mask = (torch.stack(part) for part in zip(*seen))
     assert mask.shape == (2, 2, 10, 8 + model.config.n_null)
     assert torch.equal(stats.load, mask[..., :8].sum((1, 2)))
-    assert torch.equal(stats.experts, mask[..., :8].sum(-1)) and (stats.experts != 2).any()
+    assert torch.equal(stats.n_taken, mask[..., :8].sum(-1)) and (stats.n_taken != 2).any()
     share = mask.sum((1, 2)) / mask.sum((1, 2, 3))[:, None]  # (L, E)
     probability = (scores / scores.sum(-1, keepdim=True).clamp(min=1e-9)).mean((1, 2))
     assert close(stats.balance_loss, mask.shape[-1] * (share * probability).sum(-1).mean())
@@ -310,10 +310,10 @@ def test_the_dense_twin_has_no_experts():
     assert_finite_gradients(dense, loss)
     assert not any("gate" in name for name, _ in dense.named_parameters())
     assert close(logits[1], ref_model(dense, idx[1], None))
-    assert stats.load.shape == (0, 1) and stats.experts.shape == (0, 2, 10)
+    assert stats.load.shape == (0, 1) and stats.n_taken.shape == (0, 2, 10)
     assert stats.balance_loss == stats.z_loss == 0 and stats.routing == []
     assert dense.new_cache(2).expert_nbytes == 0
-    assert [chunk.experts.shape for chunk in dense.generate(idx, 1)] == [(2, 10, 0), (2, 1, 0)]
+    assert [chunk.n_taken.shape for chunk in dense.generate(idx, 1)] == [(2, 10, 0), (2, 1, 0)]
     total, active = dense.n_params()
     assert total == active == make().n_params()[1] - 2 * 8 * 32
 
@@ -346,7 +346,7 @@ def test_one_expert_may_get_everything_or_nothing(changes, favour, load):
     assert_finite_gradients(model, loss + stats.balance_loss + stats.z_loss)
     assert load or not model.blocks[0].mlp.w_in.grad.any()
     (*_, last) = model.generate(idx[:, :3], 4, **GREEDY)
-    assert last.experts.any() == bool(load)
+    assert last.n_taken.any() == bool(load)
 
 
 # -------------------- who sees whom ----------------------------------------------------------------------
@@ -404,14 +404,14 @@ def test_decoding_with_caches_equals_the_forward_without(changes):
     model, idx = make(**changes), tokens(3, 20)
     want, _, stats = model(idx, router=decode_router(model))
     assert (stats.load > 0).sum() > 8 * len(stats.load) / 2
-    assert decode_router(model) == "topk" or stats.experts.min() < 2 < stats.experts.max()
+    assert decode_router(model) == "topk" or stats.n_taken.min() < 2 < stats.n_taken.max()
     cache = model.new_cache(3)
     for sizes in FEEDINGS:
         cache.reset()
         parts = [model(part, cache=cache) for part in idx.split(sizes, dim=1)]
         assert cache.pos == 20
         assert close(torch.cat([logits for logits, _, _ in parts], dim=1), want)
-        assert torch.equal(torch.cat([stats.experts for _, _, stats in parts], dim=-1), stats.experts)
+        assert torch.equal(torch.cat([stats.n_taken for _, _, stats in parts], dim=-1), stats.n_taken)
 
 
 @torch.no_grad()
@@ -430,11 +430,11 @@ def test_a_padded_row_is_as_if_alone(routing):
         cut = zip(idx.split(sizes, 1), active.split(sizes, 1))
         parts = [model(part, cache=cache, active=real) for part, real in cut]
         logits = torch.cat([logits for logits, _, _ in parts], dim=1)
-        experts = torch.cat([stats.experts for _, _, stats in parts], dim=-1)
+        experts = torch.cat([stats.n_taken for _, _, stats in parts], dim=-1)
         assert logits.isfinite().all() and not experts[:, ~active].any()
         for b, (want, _, stats) in enumerate(alone):
             assert close(logits[b, active[b]], want[0])
-            assert torch.equal(experts[:, b, active[b]], stats.experts[:, 0])
+            assert torch.equal(experts[:, b, active[b]], stats.n_taken[:, 0])
 
 
 def test_a_refused_text_leaves_the_cache_as_it_was():
@@ -454,7 +454,7 @@ def test_bytes_of_the_caches():
     model = make(n_kv_head=2)
     cache = model.new_cache(3, max_tokens=10)
     assert cache.kv_nbytes == 2 * 2 * 3 * 2 * 10 * 8 * 4
-    assert cache.expert_nbytes == sum(experts.nbytes for experts in cache.experts) > 0
+    assert cache.expert_nbytes == sum(experts.nbytes for experts in cache.expert_caches) > 0
     assert model.new_cache(3, router="topk").expert_nbytes == 0
 
 
@@ -493,7 +493,7 @@ def test_chunks_tell_what_the_model_gave_each_token(name):
     text = joined(chunks)
     assert torch.equal(text, by_hand(model, idx, idx >= 0, 14, 24)[0])
     logits, _, stats = model(text, router=decode_router(model))
-    assert torch.equal(joined(chunks, "experts"), stats.experts.permute(1, 2, 0))  # (B, P + n, L)
+    assert torch.equal(joined(chunks, "n_taken"), stats.n_taken.permute(1, 2, 0))  # (B, P + n, L)
     masks = [routing.mask[..., : model.config.n_expert] for routing in stats.routing]
     assert torch.equal(joined(chunks, "mask"), torch.stack(masks, dim=2))  # (B, P + n, L, E)
     assert close(model.head(joined(chunks, "last_hidden")), logits) and joined(chunks, "active").all()
@@ -512,7 +512,7 @@ def test_past_the_window_the_newest_half_is_fed_again(prompt, window, padded):
     chunks = list(model.generate(idx, 15, cache, **GREEDY, active=active if padded else None))
     fed = slice(None) if prompt <= window else slice(-(window // 2), None)
     assert torch.equal(chunks[0].tokens, idx[:, fed]) and torch.equal(chunks[0].active, active[:, fed])
-    assert len(chunks) == 16 and not chunks[0].experts[~active[:, fed]].any()
+    assert len(chunks) == 16 and not chunks[0].n_taken[~active[:, fed]].any()
     text, logits = by_hand(model, idx, active, 15, window)
     assert torch.equal(joined(chunks), text)
     assert close(torch.stack([model.head(chunk.last_hidden[:, -1]) for chunk in chunks[:-1]], dim=1), logits)
@@ -535,7 +535,7 @@ def test_a_row_that_stops_leaves_the_others_alone():
     assert torch.equal(active, torch.arange(max(ends)) < torch.tensor(ends).unsqueeze(1))
     for b, end in enumerate(ends):
         assert torch.equal(text[b, : end + 1], plain[b, : end + 1][: max(ends)])
-    experts = joined(chunks, "experts")
+    experts = joined(chunks, "n_taken")
     assert not experts[~active].any() and (experts[active] > 0).all()
     first = int(model(idx[:1], router="online_seqtopk")[0][0, -1].argmax())
     assert len(list(model.generate(idx[:1], 5, stop=first, **GREEDY))) == 1
@@ -901,7 +901,7 @@ def test_a_compiled_training_step(name):
         return loss + 0.01 * stats.balance_loss
 
     def loss_of_layer() -> Tensor:
-        return layer(x, NOWHERE._replace(router=ROUTERS[name]), None)[0].square().mean()
+        return layer(x, NOWHERE._replace(row=ROUTERS[name]), None)[0].square().mean()
 
     torch._dynamo.reset()
     loss_of = loss_of_model if name in ("seqtopk", "expert_threshold") else loss_of_layer

@@ -142,7 +142,7 @@ def test_prints_what_the_model_generated(say, run, tokenizer):
     chunks = list(model.generate(idx, 12, None, 0.9, 50, 0.9, stop=tokenizer.eot, generator=generator))
     text = tokenizer.decode(torch.cat([chunk.tokens for chunk in chunks], 1)[0])
     assert body(out) == sample.CONTROL.sub("\ufffd", text)
-    experts = torch.cat([chunk.experts for chunk in chunks], 1).float().mean()
+    experts = torch.cat([chunk.n_taken for chunk in chunks], 1).float().mean()
     assert f"{len(chunks) - 1} new tokens, " in out and f", {experts:.2f} experts per token" in out
 
 
@@ -206,7 +206,7 @@ def test_show_experts_gives_each_token_its_colour(capfd, tokenizer):
     """A token's text has the colour of its mean over layers; the middle of the colours is k."""
     ids = tokenizer.encode("def f")
     experts = torch.tensor([[[1, 1], [4, 4], [1, 3], [2, 3]]])
-    chunk = SimpleNamespace(tokens=torch.tensor([ids[:1] * 4]), experts=experts)
+    chunk = SimpleNamespace(tokens=torch.tensor([ids[:1] * 4]), n_taken=experts)
     sample.write([chunk], tokenizer, SHAPE["k"], sample.Sample())
     text = tokenizer.decode(ids[:1])
     expected = [sample.paint(text, sample.COLOURS[i]) for i in (0, 6, 3, 5)]
@@ -217,7 +217,7 @@ def test_characters_of_several_tokens_come_out_whole(capfd, tokenizer):
     """Tokens that are bytes of a character print it once it is complete, and broken bytes as U+FFFD."""
     ids = [*tokenizer.encode("é中🙂\n"), *tokenizer.encode("éx")[::2], *tokenizer.encode("中")[:2]]
     assert len(ids) > 10
-    chunks = [SimpleNamespace(tokens=torch.tensor([[i]]), experts=torch.ones(1, 1, 2)) for i in ids]
+    chunks = [SimpleNamespace(tokens=torch.tensor([[i]]), n_taken=torch.ones(1, 1, 2)) for i in ids]
     sample.write(chunks, tokenizer, None, sample.Sample())
     assert tokenizer.decode(ids) == "é中🙂\n\ufffdx\ufffd"
     assert capfd.readouterr().out == tokenizer.decode(ids) + "\n"

@@ -464,7 +464,7 @@ def test_the_first_router_is_first(start, seen):
     """first_router trains first_iters iterations, then router; the causal loss is router's throughout."""
     folder = start(max_iters=4, eval_interval=1, router="online_seqtopk", first_router="topk", first_iters=2)
     for step, call in enumerate(seen):
-        assert (call.stats.experts == 2).all() == (step < 2)
+        assert (call.stats.n_taken == 2).all() == (step < 2)
     lines = entries(folder, "eval")
     assert [line["as_trained"] == line["causal"] for line in lines] == [False] * 2 + [True] * 3
     assert all(line["as_trained"]["experts"] == [2, 2, 2] for line in lines[:2])
@@ -522,7 +522,7 @@ def evaluate_by_hand(run, router):
         targets = tokens[i + 1 : i + T + 1]
         nats += [-row[target].item() for row, target in zip(logits[0].double().log_softmax(-1), targets)]
         n_bytes += len(tokenizer.decode_bytes(t for t in targets.tolist() if t != tokenizer.eot))
-        experts += stats.experts.flatten().tolist()
+        experts += stats.n_taken.flatten().tolist()
         load += stats.load
     shares = (load / load.sum(-1, keepdim=True)).tolist()
     return {
