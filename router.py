@@ -78,14 +78,16 @@ def online_seqtopk(
     """The causal form of SeqTopK: token m competes with tokens 1 .. m of its sequence only.
 
     Token m takes its min_experts best experts, and those of its candidates that are among the m*(k - m0) best
-    of tokens 1 .. m. So its row is the last row of `seqtopk(scores[:, :m])`, and this equals the plain loop
+    candidates of tokens 1 .. m. So its row is the last row of `seqtopk(scores[:, :m])`, and without `strict`
+    this equals the plain loop
 
         for m in range(1, T + 1):
             mask[:, m - 1] = seqtopk(scores[:, :m], k)[:, -1]
 
     That rule alone overspends where scores grow along the sequence. `strict` caps the pairs that tokens
-    1 .. m spend at m*k, for every m: a token for which too little is left keeps the best of its candidates.
-    Measured (experiments/bounds.py): without it 3% more experts and 0.0008 nats less.
+    1 .. m spend at m*k, for every m: a token for which too little is left takes only the best of these
+    candidates. Measured (experiments/bounds.py): decoding without it spends 3% more experts and lowers the
+    loss by 0.0008 nats.
 
     scores (B, T, E) -> mask (B, T, E). Raises ValueError for impossible bounds (check_bounds).
     """
@@ -117,12 +119,14 @@ def take_best(scores: Tensor, expert_ids: Tensor, n_taken: int | Tensor) -> Tens
 def count_above_threshold(candidates: Tensor, past: Tensor, extra_budget: Tensor) -> Tensor:
     """How many candidates of each token are among the extra_budget best, up to and including that token.
 
-    candidates (B, t, c); past (B, p), candidates of earlier tokens in any order; extra_budget (B, t)
-    -> (B, t). For token m alone it would be
+    candidates (B, t, c); past (B, p), the scores of earlier tokens' candidates in any order; extra_budget
+    (B, t), of all tokens up to each one -> (B, t). For token m alone it would be
 
-        (candidates[m] >= everything_up_to_m.sort(descending).values[extra_budget[m] - 1]).sum()
+        threshold = all_candidates_up_to_m.sort(descending).values[extra_budget[m] - 1]
+        (candidates[m] >= threshold).sum()
 
-    but for ties, which ranks decide: 0 is the best candidate of the whole sequence.
+    but for ties. So ranks are compared in place of scores: 0 is the best candidate of the whole sequence,
+    no two are equal, and the threshold of a token is the extra_budget-th lowest rank up to there.
     """
     B, t, c = candidates.shape
     p = past.shape[1]
@@ -146,17 +150,20 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
     in about log2(n) rounds of cumsum, gather and scatter, whatever Q is (a wavelet tree). On two CPU cores,
     B=8, T=1024, K=8, online SeqTopK takes 0.2 s with it and 9.3 s with a loop of kthvalue calls.
 
-    A round fixes one bit of every answer, from the highest down. A running count tells how many ranks of a
-    query's prefix have a 0 there. If these are more than nth, the answer has a 0 too, and the search goes on
-    among them; else it has a 1, and nth drops by their number. Then the ranks are regrouped: those that agree
-    in all bits so far stand side by side, in their old order, so that what was a prefix is one within its
-    group. Ranks are a permutation, so a group begins at the place of the smallest rank that belongs to it.
+    A round fixes one bit of every answer, from the highest down. It counts how many ranks of a query's prefix
+    have a 0 there. If these are more than nth, the answer has a 0 too, and the search goes on among them;
+    else it has a 1, the search goes on among the others, and nth drops by the number of those with a 0.
+
+    Then the ranks are regrouped for the next round: those that agree in all bits so far form a group. They
+    stand side by side in their old order, so that the ranks a query still searches are the first `length` of
+    its group. Because ranks are a permutation, a group holds consecutive numbers and begins at the place that
+    is its smallest number. For a query's group that is `answer`, whose bits not yet found are 0.
 
     The third smallest (nth = 2) of the first five of these eight ranks, 5 2 7 0 3:
 
-        5 2 7 0 3 6 1 4   bit 4 is 0 in 2 0 3, three ranks > nth:   0; go on in 2 0 3 1, its first three
-        2 0 3 1           bit 2 is 0 in 0, one rank <= nth:         1; nth = 1, go on in 2 3, its first two
-        2 3               bit 1 is 0 in 2, one rank <= nth:         1; the answer is 011 = 3
+        5 2 7 0 3 6 1 4   bit 4 is 0 in 2 0 3, three ranks > nth:  0; go on in the first three of 2 0 3 1
+        2 0 3 1           bit 2 is 0 in 0, one rank <= nth:        1; nth = 1, go on in the first two of 2 3
+        2 3               bit 1 is 0 in 2, one rank <= nth:        1; the answer is 011 = 3
     """
     rank = rank.clone()
     place = torch.arange(rank.shape[1], device=rank.device)
@@ -165,7 +172,7 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
         half = 1 << bit
         is_zero = rank & half == 0
         zeros = F.pad(is_zero.cumsum(-1), (1, 0))  # (B, n+1): how many of the first i have a 0
-        before_group = answer // 2  # half of every group that is full
+        before_group = answer // 2  # zeros before the query's group: half of these places, all groups there being full
         zeros_in_prefix = zeros.gather(-1, answer + length) - before_group
         is_one = nth >= zeros_in_prefix
         nth = torch.where(is_one, nth - zeros_in_prefix, nth)
@@ -179,15 +186,17 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
 
 
 def cap_spending(n_taken: Tensor, extra_budget: Tensor, spent: Tensor) -> Tensor:
-    """Cut n_taken so that its sum up to each token, on top of `spent`, stays within the extra budget there.
+    """Cut n_taken, so that all tokens up to each one together spend no more than the extra budget there.
 
-    n_taken, extra_budget (B, t), the budget not falling along t; spent (B, 1), at most the budget before
-    -> (B, t). The loop
+    n_taken (B, t), candidates that each token would take; extra_budget (B, t), of all tokens up to each one,
+    so it never falls; spent (B, 1), by the tokens before these -> the candidates that each takes, (B, t), the
+    steps of the total in this loop, which starts at `spent`:
 
         for m in range(t):
             total = min(total + n_taken[m], extra_budget[m])
 
-    in parallel: with A the uncapped sum, total = A + min(0, the lowest extra_budget - A so far).
+    In parallel: where A is the running sum without a cap, total is A + min(0, the lowest extra_budget - A up
+    to there).
     """
     if n_taken.shape[1] == 1:
         return torch.minimum(n_taken, extra_budget - spent)
@@ -200,9 +209,10 @@ class ExpertCache:
     """What online SeqTopK remembers of one layer's past: the candidates' scores and the extra budget.
 
     Feeding a sequence in any chunks gives the mask of `online_seqtopk` on the whole of it. A step with one
-    token never scans the past: it looks its c candidates up in a sorted buffer, and compares them with the
-    `RECENT` newest tokens, which are merged into that buffer once in so many steps. The cache holds
-    B * (max_tokens + RECENT) * c float32 scores; all scores, as the paper keeps, would be B * max_tokens * E.
+    token never scans the past. It looks its c candidates up in the buffer `sorted`, and compares them with
+    each of the buffer `recent`: the candidates of up to `RECENT` newest tokens, which are merged into
+    `sorted` when there is no room for more. The cache holds B * (max_tokens + RECENT) * c float32 scores; all
+    scores, as the paper keeps, would be B * max_tokens * E.
 
     Measured (bench.py cache, two CPU cores): with 1,024 past tokens a step is 22 (batch 1) to 107 times
     (batch 16) cheaper than ranking them anew; with 4,096 it costs 1.02 to 1.21 times as much as with 128.
@@ -231,8 +241,8 @@ class ExpertCache:
         c = self.max_experts - min_experts
         self.sorted = torch.empty(batch_size, max_tokens * c, device=device)  # ascending, -inf where empty
         self.recent = torch.empty(batch_size, min(self.RECENT, max_tokens) * c, device=device)  # as they came
-        self.extra_budget = torch.empty(batch_size, 1, dtype=torch.int64, device=device)  # of all so far
-        self.spent = torch.empty_like(self.extra_budget)
+        self.extra_budget = torch.empty(batch_size, 1, dtype=torch.int64, device=device)  # of all tokens fed
+        self.spent = torch.empty_like(self.extra_budget)  # of it, by all tokens fed
         self.better_own = torch.arange(c, device=device)  # the better candidates of a candidate's own token
         self.reset()
 
@@ -275,7 +285,7 @@ class ExpertCache:
             )
 
     def _spend(self, candidates: Tensor, active: Tensor | None) -> Tensor:
-        """How many of its candidates (B, t, c) each token takes, (B, t); the budget is moved on."""
+        """How many of its candidates (B, t, c) each token takes, (B, t), counted against the extra budget."""
         t = candidates.shape[1]
         new_tokens = torch.arange(1, t + 1, device=candidates.device) if active is None else active.cumsum(-1)
         extra_budget = self.extra_budget + self.extra_per_token * new_tokens  # (B, t)
@@ -317,7 +327,7 @@ class ExpertCache:
         merged = new.new_empty(new.shape[0], self.sorted.shape[1] + new.shape[1])
         is_new = torch.zeros_like(merged, dtype=torch.bool).scatter_(1, place, True)
         merged = merged.masked_scatter_(~is_new, self.sorted).scatter_(1, place, new)
-        self.sorted = merged[:, new.shape[1] :].clone()  # the n lowest are empty: every token has its room
+        self.sorted = merged[:, new.shape[1] :].clone()  # the n lowest are places still empty
         self.recent.fill_(-torch.inf)
         self.n_sorted, self.n_recent = self.n_sorted + self.n_recent + t, 0
 
@@ -335,8 +345,9 @@ class Router(NamedTuple):
         loss(routing, state, config) -> scalar, added to the training loss as the mean over layers
         update(state, routing, config) -> the next state, after each iteration's step of the optimiser
 
-    `update` sees all layers at once: its tensors have a leading dimension L, and the routing is that of all
-    sequences of the iteration, (L, B, T, E) each.
+    `loss` sees one layer and one micro-batch; gradients flow through the routing's logits and scores.
+    `update` sees all layers at once: its tensors, the state's too, have a leading dimension L, and the
+    routing is that of all sequences of the iteration, (L, B, T, E) each.
     """
 
     select: Callable[..., Tensor]  # (scores, k, **options) -> mask
@@ -345,10 +356,10 @@ class Router(NamedTuple):
     decode: str  # the causal router that stands in when text is generated or a likelihood is reported
     options: tuple[str, ...] = ()  # settings of the config that it takes besides k, and nobody else reads
     cache: type[ExpertCache] | None = None  # what decoding must remember; takes the same options
-    needs: dict[str, object] = {}  # settings that make it what it is, and their values  # noqa: RUF012
+    needs: dict[str, object] = {}  # settings that must have these values for it to work  # noqa: RUF012
     takes_bias: bool = True  # it selects by scores to which the loss-free bias is added
-    # (config, tokens, fresh) -> the most pairs so many tokens can spend, None where no bound is worth padding
-    # to; `fresh` says that sequences begin with these tokens. An exact router needs none.
+    # (config, tokens, fresh) -> the most pairs that so many tokens can spend, or None where no bound is worth
+    # padding to; `fresh`: the tokens begin their sequences. An exact router needs no max_pairs.
     max_pairs: Callable[..., int | None] | None = None
     state: Callable[..., State] | None = None
     loss: Callable[..., Tensor] | None = None
