@@ -155,7 +155,7 @@ def initial_state(config: MoEConfig) -> State:
 
 def routing_settings() -> set[str]:
     """What may change whenever weights are used again: the router, and what only routers read."""
-    shapes = {"n_null"}  # which the gate has a row of weights for each of
+    shapes = {"n_null"}  # for each of which the gate has a row of weights
     return {"router"}.union(*(row.options for row in ROUTERS.values())) - shapes
 
 
@@ -343,8 +343,8 @@ def sort_pairs(mask: Tensor, max_pairs: int | None) -> tuple[Tensor, Tensor, Ten
 
     max_pairs: a number N that the pairs cannot exceed, or None to count them, which waits for the device.
     -> flat index e*S + s of each pair (N,), its token s (N,), where each expert ends (E,) int32.
-    Spare pairs come last and have the flat index -1 and some valid token; if they are counted, there is one,
-    because grouped_mm has no gradient for no pairs at all.
+    Spare pairs come last and have the flat index -1 and some valid token. Where the pairs are counted, one
+    spare pair is added, because grouped_mm has no gradient for no pairs at all.
     """
     flat = mask.T.reshape(-1)  # (E*S,)
     if max_pairs is None:
@@ -365,7 +365,7 @@ def run_experts(
     pair, token, ends = sort_pairs(mask, max_pairs)
     spare = pair < 0
     if torch.is_grad_enabled():  # grouped_mm leaves rows behind the last end, and their gradients, undefined:
-        ends = torch.where(ends == ends[-1], len(pair), ends).int()  # the last expert in use has them, too
+        ends = torch.where(ends == ends[-1], len(pair), ends).int()  # so the last expert in use gets them
     pair_weight = torch.where(spare, 0, weight.T.reshape(-1).index_select(0, pair.clamp(min=0)))  # (N,)
     h = swiglu(F.grouped_mm(x.index_select(0, token), w_in, offs=ends))  # (N, H)
     # the weight multiplies here, where rows are narrower than behind w_out: 3% of a layer's time
@@ -383,7 +383,7 @@ def run_few_pairs(
 
     One row times a matrix is the sum of the matrix's rows, each times one element of the row. embedding_bag
     adds up rows where they lie, at the speed of memory: its table holds the rows of all experts' matrices,
-    and a *bag* names the rows of one sum. It gives each thread equally many bags, whatever is in them, so
+    and a *bag* names the rows of one sum. Each thread gets equally many bags, however full they are, so
 
     - a pair is cut into P bags of a P-th of its rows each, so that all threads have work;
     - where the pairs are fewer than N, the empty bags are spread evenly among the full ones.
@@ -767,7 +767,7 @@ class MoEGPT(nn.Module):
         """
         old = MoEConfig(**checkpoint["config"])
         model = cls(replace(old, **changes))
-        tied = model.config.tie_embeddings  # alone has no say in the shapes
+        tied = model.config.tie_embeddings  # which check_shapes cannot tell
         require(
             tied == old.tie_embeddings, "tie_embeddings", tied, f"{old.tie_embeddings} as in the checkpoint"
         )
