@@ -172,7 +172,7 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
         half = 1 << bit
         is_zero = rank & half == 0
         zeros = F.pad(is_zero.cumsum(-1), (1, 0))  # (B, n+1): how many of the first i have a 0
-        before_group = answer // 2  # zeros before the query's group: half of these places, all groups there being full
+        before_group = answer // 2  # zeros before the query's group: half of each full group
         zeros_in_prefix = zeros.gather(-1, answer + length) - before_group
         is_one = nth >= zeros_in_prefix
         nth = torch.where(is_one, nth - zeros_in_prefix, nth)
