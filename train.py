@@ -45,7 +45,7 @@ from model import (
     routing_settings,
     save_checkpoint,
 )
-from router import ROUTERS, Routing, State, entropy_loss, loss_free_update
+from router import ROUTERS, Routing, entropy_loss, loss_free_update
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     """Build the run and print what was chosen and why. Raises ValueError for a device that is not there."""
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_dtype(config.dtype, device)
-    if dtype == torch.float32 and config.weights_dtype == "bfloat16":  # no autocast: as if it were bfloat16
+    if dtype == torch.float32 and config.weights_dtype == "bfloat16":  # auto chose it, as on a CPU
         dtype, dtype_reason = torch.bfloat16, "that of the weights"
     compiled, compile_reason = pick_compile(config.compile, device, dtype)
     if device.type == "cpu":
@@ -452,7 +452,7 @@ def adapt(run: Run, routings: list[list[Routing]]) -> None:
             layer.bias.copy_(loss_free_update(layer.bias, pairs_of_expert, config.bias_rate))
     if update := ROUTERS[config.router].update:
         states = [layer.router_state() for layer in layers]
-        old: State = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+        old = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         for name, tensors in update(old, routing, config).items():
             for state, tensor in zip(states, tensors, strict=True):
                 state[name].copy_(tensor)
@@ -469,9 +469,9 @@ def evaluate_text(
 
     token_bytes: the length of each token of the vocabulary. Targets of -1 are not learned, and do not count.
     loss: mean cross-entropy in nats per token. bpb: the same in bits per byte of the text. experts: mean, min
-    and max experts per token. Of the share of the pairs that each expert gets, means over layers: entropy, 1
-    when uniform, and variance of share * E, 0 when uniform. dead: experts that got no token, of all layers.
-    A dense model has the first two only.
+    and max experts per token. entropy (1 when all experts get the same share of the pairs) and variance of
+    share * E (then 0): means over layers. dead: experts that got no token, in all layers. A dense model has
+    loss and bpb only.
     """
     device, n_bytes = model.head.weight.device, torch.from_numpy(token_bytes)
     nats = tokens = text_bytes = load = 0
@@ -560,7 +560,7 @@ class Diverged(Exception):
 
 
 class Meter:
-    """Collects the metrics of iterations, and reads them, which waits for the device, only now and then."""
+    """Collects the metrics of iterations. To read them waits for the device: that is done now and then."""
 
     def __init__(self, log: Log):
         self.log, self.loss, self.tokens_per_second = log, math.nan, 0.0
@@ -622,7 +622,8 @@ def evaluate_and_save(run: Run, meter: Meter) -> None:
     meter.log.write(kind="eval", step=run.step, causal=causal, as_trained=as_trained)
     before, run.evaluated = run.best, run.step
     run.best = min(before, causal["loss"])
-    if not run.save("last.pt", *["best.pt"] * (run.best < before)):
+    names = ["last.pt", "best.pt"] if run.best < before else ["last.pt"]
+    if not run.save(*names):
         run.best = before  # best.pt may not hold it: the next evaluation tries again
     meter.losses.clear()
     meter.restart()
@@ -678,9 +679,10 @@ def describe(run: Run) -> str:
     config, (total, active) = run.config, run.model.n_params()
     flops, size = run.model.flops_per_token(config.block_size), len(run.dataset.train)
     epochs = config.tokens_per_iter * config.max_iters / size
-    first = f"{config.first_router} for {config.first_iters:,} iterations, then " * (config.first_iters > 0)
-    router = f"{first}{config.router}, {config.k} of {config.n_expert} experts per token"
-    router += f"; causal stand-in {ROUTERS[config.router].decode}"
+    stand_in = ROUTERS[config.router].decode
+    router = f"{config.router}, {config.k} of {config.n_expert} experts per token; causal stand-in {stand_in}"
+    if config.first_iters:
+        router = f"{config.first_router} for {config.first_iters:,} iterations, then {router}"
     return (
         f"model     {total:,} parameters, {active:,} active per token, {flops / 1e6:.1f} MFLOP per token\n"
         f"router    {router if config.n_expert > 1 else 'none: a dense model'}\n"

@@ -37,6 +37,7 @@ def is_hugging_face(name_or_path: str) -> bool:
 
 
 def optional(package: str) -> ModuleType:
+    """A package that only pretrained models need. ValueError, with the pip command, if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -45,7 +46,7 @@ def optional(package: str) -> ModuleType:
 
 
 def hf_folder(name_or_path: str | Path, files: str | list[str]) -> Path:
-    """The folder of that name, or else one with these files of the model of that name on the Hub."""
+    """The folder of that name, or else a copy of these files of the model of that name on the Hub."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     hub = optional("huggingface_hub")
@@ -53,10 +54,9 @@ def hf_folder(name_or_path: str | Path, files: str | list[str]) -> Path:
     try:
         return Path(hub.snapshot_download(str(name_or_path), allow_patterns=files))
     except Exception as error:  # the library's errors are many, and long
-        raise ValueError(
-            f"{name_or_path} is no folder here, and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}): check the name and the network, or give the folder of a copy"
-        ) from error
+        why = f"and could not be fetched from the Hugging Face Hub ({type(error).__name__})"
+        remedy = "check the name and the network, or give the folder of a copy"
+        raise ValueError(f"{name_or_path} is no folder here, {why}: {remedy}") from error
 
 
 def read_json(path: Path) -> dict:
@@ -196,7 +196,7 @@ QWEN_KEYS = MOE_KEYS | {
     "n_dense_layer": "n_dense_layer",
 }
 IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False}
-# What a config.json must say, unless it says nothing, of what MoEConfig has no field for.
+# MoEConfig has no field for these: a config.json must say this of them, or nothing.
 USUAL = {
     "hidden_act": "silu",
     "rope_type": "default",
@@ -206,7 +206,7 @@ USUAL = {
     "decoder_sparse_step": 1,
     "quant_method": None,
 }
-# Parameters here, and the tensors of a file that lie in them, one below the other.
+# Each parameter here holds these tensors of a file, one below the other.
 NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -298,7 +298,7 @@ def plain_config(said: dict) -> dict:
 
 
 def file_views(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint's files: its name there, and the view of the weights here that it is."""
+    """For the name of every tensor in a checkpoint's files, the part of a weight here that holds it."""
     views, names = {}, FAMILIES[kind].names
     q_rows = weights["blocks.0.attention.out.weight"].shape[1]
     for name, weight in weights.items():
@@ -315,7 +315,7 @@ def file_views(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
-    """Every tensor of a checkpoint that has elements: the file that it is in, and itself on the meta device.
+    """For the name of every tensor that has elements, the file that holds it, and its shape (a meta tensor).
 
     Raises ValueError for a file that is missing or damaged, and for a dtype that is not one of DTYPES.
     """
@@ -347,7 +347,7 @@ def outline(file, name: str) -> Tensor:
 def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
     """Read the tensors of file_tensors into the views of file_views.
 
-    A file stays open for 16 tensors: until it is closed, the pages that were read count as memory.
+    A file is opened anew for every 16 tensors: until it is closed, the pages that were read count as memory.
     """
     opened = None
     bar = tqdm(paths.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
@@ -400,10 +400,11 @@ def write_checkpoint(
 def config_json(settings: dict, kind: str, dtype: torch.dtype, eot: int | None) -> dict:
     """What config.json says of a config, in words that old and new releases of transformers read."""
     said = {key: settings[field] for key, field in FAMILIES[kind].keys.items()}
+    dense = range(said.pop("n_dense_layer", 0))
     return said | {
         "model_type": kind,
         "architectures": ["".join(word.capitalize() for word in kind.split("_")) + "ForCausalLM"],
-        "mlp_only_layers": list(range(said.pop("n_dense_layer", 0))),
+        "mlp_only_layers": list(dense),
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": None,
         "eos_token_id": eot,
