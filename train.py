@@ -153,14 +153,13 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
     changed = [name for name in fixed if given.get(name, old[name]) != old[name]]
     if changed:
         difference = ", ".join(f"{name} is {old[name]} there and {given[name]} here" for name in changed)
-        raise ValueError(
-            f"init_from={init_from} does not fit: {difference}; drop these or start from scratch"
-        )
+        remedy = "drop these or start from scratch"
+        raise ValueError(f"init_from={init_from} does not fit: {difference}; {remedy}")
     return TrainConfig(**old | given), checkpoint
 
 
 def read_checkpoint(init_from: str, out_dir: str) -> dict:
-    """What training starts from; of a Hugging Face model the settings and the tokenizer only."""
+    """The checkpoint that training starts from; of a Hugging Face model, its settings and tokenizer only."""
     resume = init_from == "resume"
     if not resume and data.is_hugging_face(init_from):
         config = asdict(pretrained_config(init_from))
@@ -182,14 +181,11 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
     meta = checkpoint and checkpoint["tokenizer"]
     if meta and data.make_tokenizer(meta).fingerprint != tokenizer.fingerprint:
         theirs = meta["name"] if meta["kind"] == "hf" else "..."
-        raise ValueError(
-            f"dataset {config.dataset} has another vocabulary than the checkpoint: prepare it with the "
-            f"checkpoint's (prepare.py --tokenizer={theirs}), or start from scratch"
-        )
+        remedy = f"prepare it with the checkpoint's (prepare.py --tokenizer={theirs}), or start from scratch"
+        raise ValueError(f"dataset {config.dataset} has another vocabulary than the checkpoint: {remedy}")
     if config.init_from == "resume" and checkpoint["source_sha256"] != dataset.meta["source_sha256"]:
-        raise ValueError(
-            f"dataset {config.dataset} was prepared anew since the run began: start from scratch"
-        )
+        since = "was prepared anew since the run began"
+        raise ValueError(f"dataset {config.dataset} {since}: start from scratch")
     padded = checkpoint and config.vocab_size > tokenizer.vocab_size  # pretrained embeddings often are
     right = padded or config.vocab_size in (0, tokenizer.vocab_size)
     require(right, "vocab_size", config.vocab_size, f"0 or the data's {tokenizer.vocab_size}")
@@ -670,9 +666,8 @@ def prepare_out_dir(config: TrainConfig) -> None:
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise ValueError(
-            f"out_dir {folder} cannot be written ({error.strerror}): give another --out_dir"
-        ) from error
+        why = f"cannot be written ({error.strerror})"
+        raise ValueError(f"out_dir {folder} {why}: give another --out_dir") from error
 
 
 def describe(run: Run) -> str:
