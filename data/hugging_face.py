@@ -1,7 +1,7 @@
 """Models of the Hugging Face Hub: their tokenizers and their checkpoints.
 
-The way in to checkpoints is MoEGPT.from_pretrained and save_pretrained. What model.py calls its settings and
-weights is known here from tables alone: a config is a dictionary, and weights are named tensors.
+The way in to checkpoints is MoEGPT.from_pretrained and save_pretrained. Nothing of model.py is imported: a
+config is a dictionary here, weights are named tensors, and tables translate their names.
 """
 
 import functools
@@ -264,22 +264,22 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 
 
 def read_settings(name_or_path: str | Path) -> tuple[dict, str]:
-    """What a checkpoint's config.json says: settings of MoEConfig, and which of FAMILIES it is.
+    """What a checkpoint's config.json says: settings of MoEConfig, and the model_type.
 
     Raises ValueError for what model.py cannot express.
     """
     folder, where = hf_folder(name_or_path, "config.json"), "in config.json"
     said = plain_config(read_json(folder / "config.json"))
-    kind = said.get("model_type")
-    require(kind in FAMILIES, f"model_type {where}", kind, "one of " + ", ".join(FAMILIES))
+    model_type = said.get("model_type")
+    require(model_type in FAMILIES, f"model_type {where}", model_type, "one of " + ", ".join(FAMILIES))
     for key, usual in USUAL.items():
         require(said.get(key, usual) == usual, f"{key} {where}", said.get(key), f"{usual}")
-    family = FAMILIES[kind]
+    family = FAMILIES[model_type]
     settings = family.implied | {field: said[key] for key, field in family.keys.items() if key in said}
     for key, field in family.keys.items():
         require(field in settings, f"{key} {where}", "missing", "given")
     require(settings["n_expert"] >= 2, f"num_experts {where}", settings["n_expert"], "at least 2")
-    return settings | {"router": "topk"}, kind
+    return settings | {"router": "topk"}, model_type
 
 
 def plain_config(said: dict) -> dict:
@@ -297,9 +297,9 @@ def plain_config(said: dict) -> dict:
     return {key: value for key, value in plain.items() if value is not None}
 
 
-def file_views(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+def file_views(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
     """For the name of every tensor in a checkpoint's files, the part of a weight here that holds it."""
-    views, names = {}, FAMILIES[kind].names
+    views, names = {}, FAMILIES[model_type].names
     q_rows = weights["blocks.0.attention.out.weight"].shape[1]
     for name, weight in weights.items():
         block = re.match(r"blocks\.(\d+)\.", name)
@@ -358,18 +358,17 @@ def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
 
 
 def family_of(config: dict, defaults: dict, free: Iterable[str]) -> str:
-    """The first of FAMILIES that can express a config, whatever it says of the settings `free`.
+    """The model_type of the first family that can express a config, whatever it says of the settings `free`.
 
-    defaults: what MoEConfig has where nothing is said. Raises ValueError naming a field that no family can
-    express.
+    defaults: MoEConfig's. Raises ValueError naming a field that no family can express.
     """
     n_expert = config["n_expert"]
     require(n_expert >= 2, "n_expert", n_expert, "at least 2 to be saved for transformers")
     unlike = {}
-    for kind, family in FAMILIES.items():
+    for model_type, family in FAMILIES.items():
         said, always = {*family.keys.values(), *free}, defaults | family.implied
-        unlike[kind] = {f: value for f, value in always.items() if f not in said and config[f] != value}
-    nearest = min(unlike, key=lambda kind: len(unlike[kind]))
+        unlike[model_type] = {f: value for f, value in always.items() if f not in said and config[f] != value}
+    nearest = min(unlike, key=lambda model_type: len(unlike[model_type]))
     for field, value in unlike[nearest].items():
         allowed = f"{value} to be saved as {nearest}, the nearest family"
         require(config[field] == value, field, config[field], allowed)
@@ -377,7 +376,7 @@ def family_of(config: dict, defaults: dict, free: Iterable[str]) -> str:
 
 
 def write_checkpoint(
-    path: Path, kind: str, settings: dict, weights: dict[str, Tensor], tokenizer: dict, shard_bytes: int
+    path: Path, model_type: str, settings: dict, weights: dict[str, Tensor], tokenizer: dict, shard_bytes: int
 ) -> None:
     """Write a new folder that transformers opens, whole or not at all.
 
@@ -387,23 +386,23 @@ def write_checkpoint(
     dtype, temporary = weights["embedding.weight"].dtype, path.with_name(path.name + ".tmp")
     temporary.mkdir(parents=True)
     try:
-        said = config_json(settings, kind, dtype, tokenizer.get("eot"))
+        said = config_json(settings, model_type, dtype, tokenizer.get("eot"))
         (temporary / "config.json").write_text(json.dumps(said, indent=2))
         if tokenizer.get("kind") == "hf":
             (temporary / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
-        write_tensors(temporary, file_views(weights, kind), shard_bytes)
+        write_tensors(temporary, file_views(weights, model_type), shard_bytes)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def config_json(settings: dict, kind: str, dtype: torch.dtype, eot: int | None) -> dict:
-    """What config.json says of a config, in words that old and new releases of transformers read."""
-    said = {key: settings[field] for key, field in FAMILIES[kind].keys.items()}
+def config_json(settings: dict, model_type: str, dtype: torch.dtype, eot: int | None) -> dict:
+    """The content of config.json, in words that old and new releases of transformers read."""
+    said = {key: settings[field] for key, field in FAMILIES[model_type].keys.items()}
     dense = range(said.pop("n_dense_layer", 0))
     return said | {
-        "model_type": kind,
-        "architectures": ["".join(word.capitalize() for word in kind.split("_")) + "ForCausalLM"],
+        "model_type": model_type,
+        "architectures": ["".join(word.capitalize() for word in model_type.split("_")) + "ForCausalLM"],
         "mlp_only_layers": list(dense),
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": None,

@@ -212,6 +212,23 @@ def test_half_precision_learns(start, settings):
     assert causal[2] < causal[1] < causal[0] - 0.3
 
 
+@pytest.mark.parametrize("asked", ["auto", "true"])
+def test_a_compiler_that_fails(start, capsys, monkeypatch, asked):
+    """What auto chose is given up, with a line that says why; what was asked for is refused."""
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    monkeypatch.setattr(train, "pick_compile", lambda *args: (True, "tried"))
+    if asked == "auto":
+        assert entries(start(compile=asked, max_iters=2), "eval")[-1]["step"] == 2
+        assert "compile   off after all: RuntimeError: no compiler\n" in capsys.readouterr().out
+    else:
+        err = error_line(capsys, lambda argv: start(compile=asked))
+        assert "compile is true, but torch.compile fails here with no compiler here" in err
+
+
 def test_what_a_run_leaves_behind(printed, dataset):
     """The log has the training and evaluation lines with all their fields; last.pt and best.pt load."""
     folder, _ = printed
