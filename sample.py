@@ -6,7 +6,8 @@
     python sample.py --init_from=allenai/OLMoE-1B-7B-0924 --router=online_seqtopk --prompt="Bitcoin is"
 
 Text may grow past the run's block_size: whenever the caches are full they are emptied, the newest half of
-block_size is fed again, its experts chosen anew, and writing goes on. A longer prompt is cut to that half.
+block_size is fed again, its experts chosen anew, and writing goes on. A longer prompt is cut to its newest
+half of block_size.
 """
 
 import codecs
@@ -230,7 +231,8 @@ def colour_of(experts: float, k: int) -> tuple:
 
 def paint(text: str, colour: tuple) -> str:
     """Colour the text, but no line break, from which a terminal would colour the rest of the line."""
-    start = f"\x1b[48;5;{colour[0]};38;5;{colour[1]}m"
+    back, front, *_ = colour
+    start = f"\x1b[48;5;{back};38;5;{front}m"
     return re.sub(r"[^\n]+", lambda line: f"{start}{line[0]}\x1b[0m", text)
 
 
@@ -301,17 +303,17 @@ def drawn_by(config: SampleConfig, model: MoEConfig) -> str:
 
 @torch.no_grad()
 def token_rows(chunks: list[Chunk], head: nn.Module, tokenizer: AnyTokenizer) -> list[dict]:
-    """What the page says of each token of a sample. The first one was not predicted."""
+    """What the page says of each token of a sample. Nothing predicted the first one."""
     names = ("tokens", "mask", "last_hidden")
     tokens, mask, hidden = (torch.cat([getattr(chunk, name)[0] for chunk in chunks]) for name in names)
-    ids, prompt = tokens.tolist(), chunks[0].tokens.shape[1]
+    prompt_length = chunks[0].tokens.shape[1]
     predicted = [{"entropy": None, "probability": None}, *predictions(head, hidden[:-1], tokens[1:])]
     experts = [[layer.nonzero().flatten().tolist() for layer in layers] for layers in mask.cpu()]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     rows = []
-    for position, token in enumerate(ids):
+    for position, token in enumerate(tokens.tolist()):
         rows.append({"text": piece(token, tokenizer, decoder), "name": token_name(token, tokenizer)})
-        rows[-1] |= {"id": token, "prompt": position < prompt, "experts": experts[position]}
+        rows[-1] |= {"id": token, "prompt": position < prompt_length, "experts": experts[position]}
         rows[-1] |= predicted[position]
     rows[-1]["text"] += decoder.decode(b"", final=True)
     return rows
