@@ -786,18 +786,18 @@ class MoEGPT(nn.Module):
         them, little memory is used. Raises ValueError for an architecture that model.py does not have, and
         for files that are missing, damaged or do not fit.
         """
-        settings, kind = hugging_face.read_settings(name_or_path)
+        settings, model_type = hugging_face.read_settings(name_or_path)
         with torch.device("meta"):
             model = cls(replace(MoEConfig(**settings), **changes))
         # gigabytes: only of what can be opened
         folder = hugging_face.hf_folder(name_or_path, "model*.safetensors*")
         paths, outlines = hugging_face.file_tensors(folder)
-        check_shapes(hugging_face.file_views(dict(model.named_parameters()), kind), outlines, folder)
+        check_shapes(hugging_face.file_views(dict(model.named_parameters()), model_type), outlines, folder)
         model.cast(outlines[hugging_face.NAMES["embedding.weight"]].dtype).to_empty(device=device)
         model._tie()
         for layer in model.expert_layers():
             layer.reset_state()
-        hugging_face.copy_tensors(paths, hugging_face.file_views(dict(model.named_parameters()), kind))
+        hugging_face.copy_tensors(paths, hugging_face.file_views(dict(model.named_parameters()), model_type))
         return model
 
     def save_pretrained(
@@ -809,12 +809,12 @@ class MoEGPT(nn.Module):
         ValueError if the folder exists, and for an architecture that none of hugging_face.FAMILIES has.
         """
         config, weights = self.config, dict(self.named_parameters())
-        kind = hugging_face.family_of(asdict(config), asdict(MoEConfig()), routing_settings())
+        model_type = hugging_face.family_of(asdict(config), asdict(MoEConfig()), routing_settings())
         biased = any(layer.bias.any() for layer in self.expert_layers())
         require(not biased, "the bias for selection (bias_rate)", "in use", "0 to be saved for transformers")
         settings = asdict(config) | {"head_width": config.head_dim, "dense_hidden": config.dense_width}
         settings["n_kv_head"] = config.kv_heads
-        hugging_face.write_checkpoint(Path(path), kind, settings, weights, tokenizer or {}, shard_bytes)
+        hugging_face.write_checkpoint(Path(path), model_type, settings, weights, tokenizer or {}, shard_bytes)
 
 
 def sample_token(

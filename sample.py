@@ -6,7 +6,8 @@
     python sample.py --init_from=allenai/OLMoE-1B-7B-0924 --router=online_seqtopk --prompt="Bitcoin is"
 
 Text may grow past the run's block_size: whenever the caches are full they are emptied, the newest half of
-block_size is fed again, its experts chosen anew, and writing goes on. A longer prompt is cut to that half.
+block_size is fed again, its experts chosen anew, and writing goes on. A longer prompt is cut to its newest
+half of block_size.
 """
 
 import codecs
@@ -73,15 +74,15 @@ class SampleConfig:
     def __post_init__(self) -> None:
         sample_token(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)  # which checks these
         require(self.checkpoint in ("best", "last"), "checkpoint", self.checkpoint, "best or last")
-        require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        for name in ("num_samples", "max_new_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         require(self.svg is None or self.svg != self.html, "svg", self.svg, "another file than html")
 
 
 @dataclass
 class Sample:
-    """What was written until now, so that an interrupted run is summed up too."""
+    """What has been written so far, so that an interrupted text is summed up too."""
 
     chunks: list[Chunk] = field(default_factory=list)  # the prompt, then one new token in each
     times: list[float] = field(default_factory=list)  # in seconds, when each chunk was there
@@ -104,7 +105,7 @@ def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
     tokenizer = make_tokenizer(checkpoint.get("tokenizer")) if checkpoint else hf_tokenizer(source)
     prompt = encode_prompt(config.prompt, tokenizer)
     model = open_model(checkpoint, config, device)
-    k, needed = model.config.k, len(prompt) + config.max_new_tokens
+    needed = len(prompt) + config.max_new_tokens
     cache = model.new_cache(1, min(needed, model.config.block_size), config.router)
     if (config.show_experts or html or svg) and not model.expert_layers():
         raise ValueError("show_experts, html and svg show experts, but this is a dense model: it has none")
@@ -114,20 +115,13 @@ def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
         about.append(f"note: past block_size = {window} tokens, {again}")
     print(*about, sep="\n")
     if config.show_experts:
-        print("experts per token:", *(paint(text, colour) for text, colour in legend(k)))
-    samples = []
-    with contextlib.suppress(KeyboardInterrupt):
-        for number, chunks in enumerate(streams(model, cache, prompt, tokenizer.eot, config), start=1):
-            print(f"\n--- sample {number} of {config.num_samples}" if config.num_samples > 1 else "")
-            samples.append(Sample())
-            write(chunks, tokenizer, k if config.show_experts else None, samples[-1])
-    samples = [sample for sample in samples if sample.chunks]
+        print("experts per token:", *(paint(text, colour) for text, colour in legend(model.config.k)))
+    samples = write_samples(model, cache, prompt, tokenizer, config)
     texts = [token_rows(sample.chunks, model.head, tokenizer) for sample in samples] if html or svg else []
     if html:
-        budget = f"K = {k} of {model.config.n_expert} experts per token on average"
-        html.write(page(texts, model.config, [*about, f"{budget}; {drawn_by(config)}"]))
+        html.write(page(texts, model.config, [*about, drawn_by(config, model.config)]))
     if svg:
-        svg.write(picture(texts[-1] if texts else [], k))
+        svg.write(picture(texts[-1] if texts else [], model.config.k))
     print("\n" + summary(samples, cache))
 
 
@@ -153,7 +147,7 @@ def open_model(checkpoint: dict | None, config: SampleConfig, device: torch.devi
 
 
 def encode_prompt(prompt: str | None, tokenizer: AnyTokenizer) -> list[int]:
-    """Token ids of the prompt; without one, what a document begins after: the tokenizer's start, or eot.
+    """Token ids of the prompt; without one, those before every document: the tokenizer's start, or eot.
 
     Raises ValueError for a prompt that is empty, cannot be read, or has characters that the tokenizer lacks.
     """
@@ -180,23 +174,27 @@ def read_prompt(prompt: str) -> str:
         raise ValueError(f"the prompt in {name} cannot be read: {err.strerror}") from None
 
 
-def streams(
-    model: MoEGPT, cache: Cache, prompt: list[int], stop: int, config: SampleConfig
-) -> Iterator[Iterator[Chunk]]:
-    """A stream of chunks per sample, to be used up in turn: they share the cache and the random numbers."""
+def write_samples(
+    model: MoEGPT, cache: Cache, prompt: list[int], tokenizer: AnyTokenizer, config: SampleConfig
+) -> list[Sample]:
+    """Write the samples one after the other, until Ctrl-C. They share the cache and the random numbers."""
     idx = torch.tensor([prompt], device=model.head.weight.device)  # (1, P)
-    generator = torch.Generator(idx.device).manual_seed(config.seed)
     options = {key: getattr(config, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    for _ in range(config.num_samples):
-        cache.reset()
-        yield model.generate(idx, cache=cache, stop=stop, generator=generator, **options)
+    options |= {"generator": torch.Generator(idx.device).manual_seed(config.seed), "stop": tokenizer.eot}
+    samples = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for number in range(1, config.num_samples + 1):
+            print(f"\n--- sample {number} of {config.num_samples}" if config.num_samples > 1 else "")
+            cache.reset()
+            samples.append(Sample())
+            chunks = model.generate(idx, cache=cache, **options)
+            write(chunks, tokenizer, model.config.k if config.show_experts else None, samples[-1])
+    return [sample for sample in samples if sample.chunks]
 
 
 def write(chunks: Iterable[Chunk], tokenizer: AnyTokenizer, k: int | None, sample: Sample) -> None:
-    """Print the tokens as they come, coloured if their average k is given.
-
-    A character made of several tokens is printed with the last of them.
-    """
+    """Print the tokens as they come and keep them in `sample`; coloured if k, their usual number of experts,
+    is given. A character made of several tokens is printed with the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for chunk in chunks:
         experts = chunk.n_taken[0].float().mean(-1).tolist()  # one number per token
@@ -216,12 +214,12 @@ def piece(token: int, tokenizer: AnyTokenizer, decoder: codecs.IncrementalDecode
 
 
 def colour_cuts(k: int) -> list[float]:
-    """Experts per token where one colour gives way to the next: equal ranges around k, the ends open."""
+    """The experts per token at which each colour but the first begins: equal ranges around k."""
     return [k - 1 + 2 * i / len(COLOURS) for i in range(1, len(COLOURS))]
 
 
 def legend(k: int) -> list[tuple[str, tuple]]:
-    """The experts per token that each colour stands for, and the colour."""
+    """Each colour with the experts per token that it stands for."""
     cuts = [f"{cut:.1f}" for cut in colour_cuts(k)]
     ranges = [f"<{cuts[0]}", *(f"{a}-{b}" for a, b in pairwise(cuts)), f">{cuts[-1]}"]
     return [(f" {text} ", colour) for text, colour in zip(ranges, COLOURS, strict=True)]
@@ -233,17 +231,17 @@ def colour_of(experts: float, k: int) -> tuple:
 
 def paint(text: str, colour: tuple) -> str:
     """Colour the text, but no line break, from which a terminal would colour the rest of the line."""
-    start = f"\x1b[48;5;{colour[0]};38;5;{colour[1]}m"
+    back, front, *_ = colour
+    start = f"\x1b[48;5;{back};38;5;{front}m"
     return re.sub(r"[^\n]+", lambda line: f"{start}{line[0]}\x1b[0m", text)
 
 
 def describe(model: MoEGPT, router: str) -> str:
-    total, active = model.n_params()
-    weight = model.head.weight
-    how = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+    (total, active), weight = model.n_params(), model.head.weight
     trained = "" if router == model.config.router else f" (trained with {model.config.router})"
     size = f"{total:,} parameters, {active:,} active per token"
-    return f"{size}, router {router}{trained}, {how}"
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return f"{size}, router {router}{trained}, {dtype} on {weight.device}"
 
 
 def summary(samples: list[Sample], cache: Cache) -> str:
@@ -297,33 +295,33 @@ def page(texts: list[list[dict]], config: MoEConfig, about: list[str]) -> str:
     return template.replace("{DATA}", data.replace("<", "\\u003c"))  # so that no text can end the script
 
 
-def drawn_by(config: SampleConfig) -> str:
+def drawn_by(config: SampleConfig, model: MoEConfig) -> str:
     values = {key: getattr(config, key) for key in ("temperature", "top_k", "top_p", "seed")}
-    return "drawn with " + ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+    drawn = ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+    return f"K = {model.k} of {model.n_expert} experts per token on average; drawn with {drawn}"
 
 
 @torch.no_grad()
 def token_rows(chunks: list[Chunk], head: nn.Module, tokenizer: AnyTokenizer) -> list[dict]:
-    """What the page says of each token of a sample. The first one was not predicted."""
+    """What the page says of each token of a sample. Nothing predicted the first one."""
     names = ("tokens", "mask", "last_hidden")
     tokens, mask, hidden = (torch.cat([getattr(chunk, name)[0] for chunk in chunks]) for name in names)
-    ids, prompt = tokens.tolist(), chunks[0].tokens.shape[1]
+    prompt_length = chunks[0].tokens.shape[1]
     predicted = [{"entropy": None, "probability": None}, *predictions(head, hidden[:-1], tokens[1:])]
     experts = [[layer.nonzero().flatten().tolist() for layer in layers] for layers in mask.cpu()]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    rows = [
-        {"text": piece(token, tokenizer, decoder), "name": token_name(token, tokenizer), "id": token}
-        | {"prompt": position < prompt, "experts": experts[position]}
-        | predicted[position]
-        for position, token in enumerate(ids)
-    ]
+    rows = []
+    for position, token in enumerate(tokens.tolist()):
+        rows.append({"text": piece(token, tokenizer, decoder), "name": token_name(token, tokenizer)})
+        rows[-1] |= {"id": token, "prompt": position < prompt_length, "experts": experts[position]}
+        rows[-1] |= predicted[position]
     rows[-1]["text"] += decoder.decode(b"", final=True)
     return rows
 
 
 def predictions(head: nn.Module, last_hidden: Tensor, following: Tensor) -> list[dict[str, float]]:
-    """Of each of the tokens following (n,), to four digits: the entropy in nats of the distribution that
-    last_hidden (n, C) gives, at temperature 1 and before top_k and top_p, and its probability there."""
+    """To four digits, at n positions: the entropy in nats of the distribution that last_hidden (n, C)
+    gives, at temperature 1 and before top_k and top_p, and the probability of the token following (n,)."""
     found = []
     for hidden, token in zip(last_hidden.split(256), following.split(256), strict=True):  # (256, V) is enough
         ahead = Categorical(logits=head(hidden).float())
@@ -353,9 +351,7 @@ def picture(rows: list[dict], k: int) -> str:
             if part != "\n" and column + len(part) > 100:
                 line, column = line + 1, 0
             place, width = f'x="{8 * column + 8}" y="{18 * line + 8}"', 8 * len(part)
-            fit = (
-                f'dy="13" textLength="{width}" lengthAdjust="spacingAndGlyphs"'  # whatever the reader's font
-            )
+            fit = f'dy="13" textLength="{width}" lengthAdjust="spacingAndGlyphs"'  # in any font
             cells.append(f'<rect {place} width="{width}" height="18" fill="{back}"/>')
             cells.append(f'<text {place} {fit} fill="{front}">{escape(part)}</text>\n')
             line, column = (line + 1, 0) if part == "\n" else (line, column + len(part))

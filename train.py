@@ -45,7 +45,7 @@ from model import (
     routing_settings,
     save_checkpoint,
 )
-from router import ROUTERS, Routing, State, entropy_loss, loss_free_update
+from router import ROUTERS, Routing, entropy_loss, loss_free_update
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,15 @@ class TrainConfig(MoEConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "max_iters",
-            "eval_interval",
-            "eval_windows",
-        ):
+        counts = "batch_size gradient_accumulation_steps max_iters eval_interval eval_windows log_interval"
+        for name in counts.split():
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.log_interval >= 1, "log_interval", self.log_interval, "at least 1")
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        for name in ("warmup_iters", "sample_tokens", "weight_decay", "grad_clip"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("balance_coef", "entropy_coef", "z_coef", "bias_rate", "first_iters"):
+        or_none = "first_iters warmup_iters sample_tokens weight_decay grad_clip"
+        for name in [*or_none.split(), "balance_coef", "entropy_coef", "z_coef", "bias_rate"]:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(self.min_lr is None or self.min_lr >= 0, "min_lr", self.min_lr, "at least 0, or none")
         end = self.lr_decay_iters
         require(end is None or end >= 1, "lr_decay_iters", end, "at least 1, or none")
@@ -131,8 +124,9 @@ class TrainConfig(MoEConfig):
         return self.first_router if step < self.first_iters else self.router
 
 
+# What a run that is resumed cannot change: what decides the order of its data and the state of its optimiser.
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
-OPTIMIZER = ["train_only", "weights_dtype"]  # what decides its state
+OPTIMIZER = ["train_only", "weights_dtype"]
 
 
 def architecture() -> list[str]:
@@ -142,7 +136,7 @@ def architecture() -> list[str]:
 
 
 def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
-    """The configuration, and the checkpoint to start from, if any: what it says holds unless given anew.
+    """The configuration, and the checkpoint to start from, if any: its settings hold unless given anew.
 
     Raises ValueError for bad settings, a bad checkpoint, or settings that contradict the checkpoint's.
     """
@@ -151,46 +145,47 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
     init_from = given.get("init_from", TrainConfig.init_from)
     if init_from == "scratch":
         return TrainConfig(**given), None
+    checkpoint = read_checkpoint(init_from, given["out_dir"])
+    old, fixed = checkpoint["config"], architecture()
     if init_from == "resume":
-        checkpoint = load_checkpoint(Path(given["out_dir"]) / "last.pt")
-        if "train_config" not in checkpoint:
-            raise ValueError(f"{given['out_dir']}/last.pt holds no run to resume: train.py did not write it")
-        old, fixed = checkpoint["train_config"], architecture() + DATA_ORDER + OPTIMIZER
-    elif data.is_hugging_face(init_from):
-        checkpoint = {"config": asdict(pretrained_config(init_from))}
-        checkpoint["tokenizer"] = data.hf_tokenizer(init_from).meta
-        old, fixed = checkpoint["config"], architecture()
-    else:
-        path = Path(init_from)
-        path = path / "best.pt" if path.is_dir() else path
-        checkpoint = load_checkpoint(path)
-        if "tokenizer" not in checkpoint:
-            raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
-        old, fixed = checkpoint["config"], architecture()
+        old, fixed = checkpoint["train_config"], fixed + DATA_ORDER + OPTIMIZER
     old = asdict(TrainConfig()) | old  # settings younger than the checkpoint
     changed = [name for name in fixed if given.get(name, old[name]) != old[name]]
     if changed:
         difference = ", ".join(f"{name} is {old[name]} there and {given[name]} here" for name in changed)
-        raise ValueError(
-            f"init_from={init_from} does not fit: {difference}; drop these or start from scratch"
-        )
-    return TrainConfig(**{**old, **given}), checkpoint
+        remedy = "drop these or start from scratch"
+        raise ValueError(f"init_from={init_from} does not fit: {difference}; {remedy}")
+    return TrainConfig(**old | given), checkpoint
+
+
+def read_checkpoint(init_from: str, out_dir: str) -> dict:
+    """The checkpoint that training starts from; of a Hugging Face model, its settings and tokenizer only."""
+    resume = init_from == "resume"
+    if not resume and data.is_hugging_face(init_from):
+        config = asdict(pretrained_config(init_from))
+        return {"config": config, "tokenizer": data.hf_tokenizer(init_from).meta}
+    path = Path(out_dir) / "last.pt" if resume else Path(init_from)
+    path = path / "best.pt" if path.is_dir() else path
+    checkpoint = load_checkpoint(path)
+    if resume and "train_config" not in checkpoint:
+        raise ValueError(f"{path} holds no run to resume: train.py did not write it")
+    if "tokenizer" not in checkpoint:
+        raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
+    return checkpoint
 
 
 def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainConfig, data.Dataset]:
     """The data, and the configuration with its vocabulary filled in. Raises ValueError if they do not fit."""
     dataset = data.load(config.dataset)
     tokenizer = dataset.tokenizer
-    if checkpoint and data.make_tokenizer(checkpoint["tokenizer"]).fingerprint != tokenizer.fingerprint:
-        theirs = checkpoint["tokenizer"]["name"] if checkpoint["tokenizer"]["kind"] == "hf" else "..."
-        raise ValueError(
-            f"dataset {config.dataset} has another vocabulary than the checkpoint: prepare it with the "
-            f"checkpoint's (prepare.py --tokenizer={theirs}), or start from scratch"
-        )
+    meta = checkpoint and checkpoint["tokenizer"]
+    if meta and data.make_tokenizer(meta).fingerprint != tokenizer.fingerprint:
+        theirs = meta["name"] if meta["kind"] == "hf" else "..."
+        remedy = f"prepare it with the checkpoint's (prepare.py --tokenizer={theirs}), or start from scratch"
+        raise ValueError(f"dataset {config.dataset} has another vocabulary than the checkpoint: {remedy}")
     if config.init_from == "resume" and checkpoint["source_sha256"] != dataset.meta["source_sha256"]:
-        raise ValueError(
-            f"dataset {config.dataset} was prepared anew since the run began: start from scratch"
-        )
+        since = "was prepared anew since the run began"
+        raise ValueError(f"dataset {config.dataset} {since}: start from scratch")
     padded = checkpoint and config.vocab_size > tokenizer.vocab_size  # pretrained embeddings often are
     right = padded or config.vocab_size in (0, tokenizer.vocab_size)
     require(right, "vocab_size", config.vocab_size, f"0 or the data's {tokenizer.vocab_size}")
@@ -220,7 +215,7 @@ class Run:
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
 
     def save(self, *names: str) -> bool:
-        """Write everything to files in out_dir; a full disk is reported, with False, and ends nothing."""
+        """Write the run to files of these names in out_dir. False if one cannot be written, which is said."""
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -232,12 +227,12 @@ class Run:
             "train_config": asdict(self.config),
             "tokenizer": self.dataset.tokenizer.meta,
         }
-        for name in names:
-            try:
+        try:
+            for name in names:
                 save_checkpoint(Path(self.config.out_dir) / name, self.model, **state)
-            except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-                tqdm.write(f"warning: {name} could not be saved ({error})")
-                return False
+        except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+            tqdm.write(f"warning: {name} could not be saved ({error})")
+            return False
         return True
 
     def restore(self, checkpoint: dict) -> None:
@@ -257,7 +252,7 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     """Build the run and print what was chosen and why. Raises ValueError for a device that is not there."""
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_dtype(config.dtype, device)
-    if dtype == torch.float32 and config.weights_dtype == "bfloat16":  # no autocast: as if it were bfloat16
+    if dtype == torch.float32 and config.weights_dtype == "bfloat16":  # auto chose it, as on a CPU
         dtype, dtype_reason = torch.bfloat16, "that of the weights"
     compiled, compile_reason = pick_compile(config.compile, device, dtype)
     if device.type == "cpu":
@@ -272,7 +267,7 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     if config.init_from == "resume":
         run.restore(checkpoint)
     if compiled:
-        run.forward = compile_or_explain(run)
+        compile_or_explain(run)
     return run
 
 
@@ -363,11 +358,10 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
     return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
 
 
-def compile_or_explain(run: Run) -> MoEGPT:
-    """The compiled model, tried on one batch; if that fails and nobody insisted, the plain one."""
-    compiled = torch.compile(run.model)
+def compile_or_explain(run: Run) -> None:
+    """Compile run.forward and try it on one batch; if that fails and nobody insisted, it stays plain."""
+    run.forward = torch.compile(run.model)
     try:
-        run.forward = compiled
         for router in {run.config.router_at(run.step), run.config.router}:
             losses(run, *batch(run, 0), router)[0].backward()
     except torch.OutOfMemoryError:
@@ -376,9 +370,8 @@ def compile_or_explain(run: Run) -> MoEGPT:
         if run.config.compile == "true":
             raise ValueError(f"compile is true, but torch.compile fails here with {error}") from error
         print(f"compile   off after all: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-        compiled = run.model
+        run.forward = run.model
     run.optimizer.zero_grad()
-    return compiled
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -403,10 +396,8 @@ def batch(run: Run, micro_step: int) -> list[Tensor]:
 
 
 def losses(run: Run, x: Tensor, y: Tensor, router: str | None = None) -> tuple[Tensor, Tensor, Stats]:
-    """What is minimised, the cross-entropy in it (both scalars), and the routing statistics.
-
-    router: None for the one that trains now.
-    """
+    """What is minimised, the cross-entropy in it (both scalars), and the routing statistics, under a router
+    (None: the one that trains now)."""
     config, router = run.config, router or run.config.router_at(run.step)
     with run.autocast():
         _, loss, stats = run.forward(x, y, router=router)
@@ -446,18 +437,18 @@ def train_step(run: Run) -> Tensor:
 def adapt(run: Run, routings: list[list[Routing]]) -> None:
     """Move what steers the routing and has no gradient: the loss-free bias, and the router's state.
 
-    routings: of each micro-batch of the iteration, of each of the L layers with experts.
+    routings: of each micro-batch of the iteration a list, with the Routing of each of the L expert layers.
     """
     config, layers = run.config, run.model.expert_layers()
-    parts = ([torch.cat(tensors) for tensors in zip(*micro)] for micro in zip(*routings))  # of each layer
-    routing = Routing(*map(torch.stack, zip(*parts)))  # (L, n*B, T, E) each
+    by_layer = ([torch.cat(parts) for parts in zip(*micro_batches)] for micro_batches in zip(*routings))
+    routing = Routing(*map(torch.stack, zip(*by_layer)))  # (L, n*B, T, E) each
     if config.bias_rate:
         load = routing.mask.sum((1, 2))  # (L, E)
-        for layer, pairs in zip(layers, load, strict=True):
-            layer.bias.copy_(loss_free_update(layer.bias, pairs, config.bias_rate))
+        for layer, pairs_of_expert in zip(layers, load, strict=True):
+            layer.bias.copy_(loss_free_update(layer.bias, pairs_of_expert, config.bias_rate))
     if update := ROUTERS[config.router].update:
         states = [layer.router_state() for layer in layers]
-        old: State = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+        old = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         for name, tensors in update(old, routing, config).items():
             for state, tensor in zip(states, tensors, strict=True):
                 state[name].copy_(tensor)
@@ -474,34 +465,33 @@ def evaluate_text(
 
     token_bytes: the length of each token of the vocabulary. Targets of -1 are not learned, and do not count.
     loss: mean cross-entropy in nats per token. bpb: the same in bits per byte of the text. experts: mean, min
-    and max experts per token. Of the share of the pairs that each expert gets, means over layers: entropy, 1
-    when uniform, and variance of share * E, 0 when uniform. dead: experts that got no token, of all layers.
-    A dense model has the first two only.
+    and max experts per token. entropy (1 when all experts get the same share of the pairs) and variance of
+    share * E (then 0): means over layers. dead: experts that got no token, in all layers. A dense model has
+    loss and bpb only.
     """
     device, n_bytes = model.head.weight.device, torch.from_numpy(token_bytes)
     nats = tokens = text_bytes = load = 0
-    experts = []
+    n_taken = []
     for x, y in batches:
         _, loss, stats = model(x.to(device), y.to(device), router=router)
         learned = y[y >= 0]
         nats, tokens = nats + loss.double() * learned.numel(), tokens + learned.numel()
         text_bytes += n_bytes[learned].sum().item()
         load = load + stats.load
-        experts.append(stats.n_taken.flatten())
+        n_taken.append(stats.n_taken.flatten())
     result = {"loss": (nats / tokens).item(), "bpb": (nats / text_bytes / math.log(2)).item()}
-    return result | routing_summary(load, torch.cat(experts))
+    return result | routing_summary(load, torch.cat(n_taken))
 
 
-def routing_summary(load: Tensor, experts: Tensor) -> dict:
-    """load (L, E) pairs per expert, experts (n,) experts per token -> the routing part of evaluate_text, {}
-    if L is 0."""
+def routing_summary(load: Tensor, n_taken: Tensor) -> dict:
+    """Pairs of each expert, load (L, E), and experts of each token, n_taken (n,) -> what evaluate_text says
+    of routing: {} if L is 0."""
     if not len(load):
         return {}
     share = load / load.sum(-1, keepdim=True).clamp(min=1)
     entropy = torch.special.entr(share).sum(-1).mean() / math.log(load.shape[-1])
-    mean, low, high = experts.float().mean(), experts.min(), experts.max()
     return {
-        "experts": [mean.item(), low.item(), high.item()],
+        "experts": [n_taken.float().mean().item(), n_taken.min().item(), n_taken.max().item()],
         "entropy": entropy.item(),
         "variance": (share * load.shape[-1]).var(-1, correction=0).mean().item(),
         "dead": (load == 0).sum().item(),
@@ -537,8 +527,8 @@ def table_line(step: int, train_loss: float, causal: dict, as_trained: dict, rat
 
 
 class Log:
-    """log.jsonl: one JSON object a line, "kind" train or eval. A resumed run forgets what came after its
-    checkpoint."""
+    """log.jsonl: one JSON object a line, "kind" train or eval. Lines of later steps than `step`, at which the
+    run goes on, are dropped."""
 
     def __init__(self, path: Path, step: int):
         lines = path.read_text().splitlines() if path.exists() else []
@@ -566,7 +556,7 @@ class Diverged(Exception):
 
 
 class Meter:
-    """Collects the metrics of iterations, and reads them, which waits for the device, only now and then."""
+    """Collects the metrics of iterations. To read them waits for the device: that is done now and then."""
 
     def __init__(self, log: Log):
         self.log, self.loss, self.tokens_per_second = log, math.nan, 0.0
@@ -589,12 +579,10 @@ class Meter:
         scaled = run.scaler.is_enabled()  # float16 skips the iterations whose gradient overflows
         if not math.isfinite(self.loss) or not (scaled or math.isfinite(norm)):
             raise Diverged(f"the loss became {self.loss:.4g} (gradient {norm:.4g}) at iteration {run.step}")
-        lr = learning_rate(run.config, run.step - 1)
         norm = norm if math.isfinite(norm) else None  # JSON has no infinity
-        speed = round(self.tokens_per_second)
-        self.log.write(
-            kind="train", step=run.step, loss=self.loss, grad_norm=norm, lr=lr, tokens_per_second=speed
-        )
+        entry = {"loss": self.loss, "grad_norm": norm, "lr": learning_rate(run.config, run.step - 1)}
+        entry["tokens_per_second"] = round(self.tokens_per_second)
+        self.log.write(kind="train", step=run.step, **entry)
         self.restart()
 
 
@@ -603,9 +591,8 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         self.wished = False
-        self.before = {
-            number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self._wish) for number in numbers}
         return self
 
     def _wish(self, number: int, frame: object) -> None:
@@ -631,7 +618,8 @@ def evaluate_and_save(run: Run, meter: Meter) -> None:
     meter.log.write(kind="eval", step=run.step, causal=causal, as_trained=as_trained)
     before, run.evaluated = run.best, run.step
     run.best = min(before, causal["loss"])
-    if not run.save("last.pt", *["best.pt"] * (run.best < before)):
+    names = ["last.pt", "best.pt"] if run.best < before else ["last.pt"]
+    if not run.save(*names):
         run.best = before  # best.pt may not hold it: the next evaluation tries again
     meter.losses.clear()
     meter.restart()
@@ -678,28 +666,24 @@ def prepare_out_dir(config: TrainConfig) -> None:
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise ValueError(
-            f"out_dir {folder} cannot be written ({error.strerror}): give another --out_dir"
-        ) from error
+        why = f"cannot be written ({error.strerror})"
+        raise ValueError(f"out_dir {folder} {why}: give another --out_dir") from error
 
 
 def describe(run: Run) -> str:
     config, (total, active) = run.config, run.model.n_params()
-    tokens = config.tokens_per_iter * config.max_iters
-    size = len(run.dataset.train)
-    flops = run.model.flops_per_token(config.block_size)
+    flops, size = run.model.flops_per_token(config.block_size), len(run.dataset.train)
+    epochs = config.tokens_per_iter * config.max_iters / size
     stand_in = ROUTERS[config.router].decode
-    routing = f"{config.k} of {config.n_expert} experts per token; causal stand-in {stand_in}"
-    first = (
-        f"{config.first_router} for {config.first_iters:,} iterations, then " if config.first_iters else ""
-    )
-    routing = f"{first}{config.router}, {routing}" if config.n_expert > 1 else "none: a dense model"
+    router = f"{config.router}, {config.k} of {config.n_expert} experts per token; causal stand-in {stand_in}"
+    if config.first_iters:
+        router = f"{config.first_router} for {config.first_iters:,} iterations, then {router}"
     return (
         f"model     {total:,} parameters, {active:,} active per token, {flops / 1e6:.1f} MFLOP per token\n"
-        f"router    {routing}\n"
+        f"router    {router if config.n_expert > 1 else 'none: a dense model'}\n"
         f"data      {config.dataset}: {size:,} tokens, vocabulary {config.vocab_size:,}\n"
         f"training  {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens, "
-        f"{tokens / size:.2f} epochs in all\n"
+        f"{epochs:.2f} epochs in all\n"
         f"run       {config.out_dir}"
     )
 
@@ -754,8 +738,8 @@ def main(argv: list[str]) -> None:
     except Diverged as error:
         last = Path(config.out_dir) / "last.pt"
         remedy = f"resume {last}, which is kept," if last.exists() else "start again"
-        rate = f"learning_rate below {config.learning_rate:g}"
-        print(f"error: {error}; {remedy} with a {rate}", file=sys.stderr)
+        rate = f"with a learning_rate below {config.learning_rate:g}"
+        print(f"error: {error}; {remedy} {rate}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the first iteration or after the last
         finished = False

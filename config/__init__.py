@@ -41,7 +41,7 @@ PLAIN = (int, float, str, bool, type(None))  # what a setting can be
 def parse(argv: list[str], cls: type) -> tuple[dict[str, Any], list[Path]]:
     """Read the settings in `argv` (sys.argv[1:]) for the dataclass `cls`.
 
-    Returns the keys that were given, as the types of their fields, and the config files that were read.
+    Returns what was given, each value with the type of its field, and the config files that were read.
     ValueError, one line, for an unknown key, a wrong type, a config file that is missing or fails.
     --help prints and exits.
     """
@@ -52,12 +52,24 @@ def parse(argv: list[str], cls: type) -> tuple[dict[str, Any], list[Path]]:
     given, files = {}, []
     for arg in argv:
         if arg.startswith("-"):
-            key, value = _command_line_setting(arg, types)
-            given[key] = value
+            given |= _command_line_setting(arg, types)
         else:
-            files.append(_config_path(arg))
-            given |= _file_settings(files[-1], types)
+            given |= _file_settings(arg, types)
+            files.append(Path(arg))
     return given, files
+
+
+def read_file(name: str | Path) -> dict[str, Any]:
+    """What a config file assigns, unchecked. ValueError, one line, for a file that is missing or fails."""
+    path = _config_path(str(name))
+    module = ModuleType(str(path))
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # torch.compile looks there for what a router of the file uses
+    try:
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    except (Exception, SystemExit) as err:
+        raise ValueError(f"config file {path} fails with {type(err).__name__}: {err}") from err
+    return {k: v for k, v in vars(module).items() if not (k.startswith("_") or isinstance(v, ModuleType))}
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -81,12 +93,13 @@ def bad_input_exits() -> Iterator[None]:
 
 
 def help_text(cls: type) -> str:
-    """All keys of `cls` with type, default and meaning, under the first docstring sentence of their class."""
+    """All keys of `cls` with type, default and meaning, below the first sentence about their class."""
     owners, meanings = {}, {}
     for base in reversed(cls.__mro__[:-1]):
         owners = dict.fromkeys(inspect.get_annotations(base), base) | owners
         meanings |= {name: text for name, text in _comments(base).items() if text}
-    rows = [(f"--{f.name}={_type_name(f.type)}", _show_default(f), f.name) for f in dataclasses.fields(cls)]
+    fields = dataclasses.fields(cls)
+    rows = [(f"--{f.name}={_type_name(f.type)}", _written(f.default), f.name) for f in fields]
     width = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"usage: python {sys.argv[0]} [config/FILE.py ...] [--key=value ...]      later wins"]
     heading = None
@@ -98,13 +111,13 @@ def help_text(cls: type) -> str:
     return "\n".join(lines)
 
 
-def _command_line_setting(arg: str, types: dict[str, str]) -> tuple[str, Any]:
+def _command_line_setting(arg: str, types: dict[str, str]) -> dict[str, Any]:
     key, equals, text = arg.lstrip("-").partition("=")
     _check_known(key, types, "on the command line")
     if not equals and types[key] != "bool":
         raise ValueError(f"--{key} has no value; write --{key}=VALUE with {_allowed(types[key])}")
     with _naming(f"--{key}={text}", types[key]):
-        return key, _checked(_from_text(text if equals else "true", types[key]), types[key])
+        return {key: _checked(_from_text(text if equals else "true", types[key]), types[key])}
 
 
 def _config_path(arg: str) -> Path:
@@ -119,33 +132,20 @@ def _config_path(arg: str) -> Path:
     raise ValueError(f"config file {arg!r} does not exist{_nearest(str(path), siblings)}")
 
 
-def read_file(name: str | Path) -> dict[str, Any]:
-    """What a config file assigns, unchecked. ValueError, one line, for a file that is missing or fails."""
-    path = _config_path(str(name))
-    module = ModuleType(str(path))
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # torch.compile looks there for what a router of the file uses
-    try:
-        exec(compile(path.read_bytes(), path, "exec"), vars(module))
-    except (Exception, SystemExit) as err:
-        raise ValueError(f"config file {path} fails with {type(err).__name__}: {err}") from err
-    return {k: v for k, v in vars(module).items() if not (k.startswith("_") or isinstance(v, ModuleType))}
-
-
-def _file_settings(path: Path, types: dict[str, str]) -> dict[str, Any]:
+def _file_settings(name: str, types: dict[str, str]) -> dict[str, Any]:
     settings = {}
-    for key, value in read_file(path).items():
+    for key, value in read_file(name).items():
         if key not in types and not isinstance(value, PLAIN):
             continue
-        _check_known(key, types, f"in {path}", "; a name of the file's own starts with _")
-        with _naming(f"{key} = {value!r} in {path}", types[key]):
+        _check_known(key, types, f"in {name}", "; a name of the file's own starts with _")
+        with _naming(f"{key} = {value!r} in {name}", types[key]):
             settings[key] = _checked(value, types[key])
     return settings
 
 
 def _from_text(text: str, kind: str) -> Any:
     wanted = kind.removesuffix(" | None")
-    if kind != wanted and wanted != "str" and text in ("none", "None"):
+    if kind.endswith("None") and wanted != "str" and text in ("none", "None"):
         return None
     if wanted == "bool":
         return {"true": True, "false": False}[text.lower()]
@@ -154,7 +154,7 @@ def _from_text(text: str, kind: str) -> Any:
 
 def _checked(value: Any, kind: str) -> Any:
     wanted = kind.removesuffix(" | None")
-    if kind != wanted and value is None:
+    if kind.endswith("None") and value is None:
         return None
     if wanted == "float" and type(value) is int:
         value = float(value)
@@ -167,7 +167,7 @@ def _checked(value: Any, kind: str) -> Any:
 
 @contextlib.contextmanager
 def _naming(setting: str, kind: str) -> Iterator[None]:
-    """Say of a conversion that fails inside which setting it was and what it may be."""
+    """If what is done inside fails, say which setting it was and what it may be."""
     try:
         yield
     except (ValueError, TypeError, KeyError, OverflowError):
@@ -204,9 +204,7 @@ def _allowed(kind: str) -> str:
     return ALLOWED[kind.removesuffix(" | None")] + (" or none" if kind.endswith("None") else "")
 
 
-def _show_default(field: dataclasses.Field) -> str:
-    if field.default is dataclasses.MISSING:
-        return "(required)"
-    if field.default is None or isinstance(field.default, bool):
-        return str(field.default).lower()
-    return str(field.default) or "''"
+def _written(default: Any) -> str:
+    """A default as the command line takes it."""
+    text = str(default) or "''"
+    return text.lower() if default is None or isinstance(default, bool) else text

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from config import require
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -25,8 +27,7 @@ def pick_device(name: str) -> tuple[torch.device, str]:
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of that name (auto: fast and safe on the device), and why. Raises ValueError for others."""
     if name != "auto":
-        if name not in DTYPES:
-            raise ValueError(f"dtype is {name}, but must be auto, {', '.join(DTYPES)}")
+        require(name in DTYPES, "dtype", name, f"auto, {', '.join(DTYPES)}")
         return DTYPES[name], "as asked"
     if device.type != "cuda":
         return torch.float32, "the safe choice without a GPU"
@@ -38,8 +39,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 def pick_compile(name: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether to use torch.compile (auto: in bfloat16 on a GPU), and why. Raises ValueError for others."""
-    if name not in ("auto", "true", "false"):
-        raise ValueError(f"compile is {name}, but must be auto, true or false")
+    require(name in ("auto", "true", "false"), "compile", name, "auto, true or false")
     if name != "auto":
         return name == "true", "as asked"
     if device.type != "cuda":
@@ -52,8 +52,8 @@ def pick_compile(name: str, device: torch.device, dtype: torch.dtype) -> tuple[b
 def keep_freed_memory() -> None:
     """Have the C library keep large freed blocks for the next tensors, where it is glibc.
 
-    It would give each back to the system, which fills in fresh memory page by page at the next use: about a
-    twelfth to a third of a training step on a CPU (experiments/README.md).
+    Otherwise it gives each back to the system, which fills in fresh memory page by page at the next use: that
+    takes a twelfth to a third of a training step on a CPU (experiments/README.md).
     """
     if mallopt := glibc("mallopt"):
         M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
@@ -63,7 +63,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Undo what keep_freed_memory has kept so far, so that the process holds what its tensors need."""
+    """Give back what keep_freed_memory has kept so far: the process then holds what its tensors need."""
     if malloc_trim := glibc("malloc_trim"):
         malloc_trim(0)
 

@@ -39,10 +39,11 @@ __all__ = [
 ]
 
 HOME = Path(__file__).parent
-PIECES_AT_ONCE = 256
+PIECES_AT_ONCE = 256  # that the threads get together
 SPLITS = ("train", "val")
-DTYPES = {"uint16": "<u2", "uint32": "<u4"}  # of token ids in files
-Document = str | np.ndarray | list[int]
+FILE_DTYPES = {"uint16": "<u2", "uint32": "<u4"}  # of token ids
+Document = str | np.ndarray | list[int]  # a text, or its token ids
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs x and targets y, (B, T) int64 each
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class Dataset:
     train_answers: Answers | None = None
     val_answers: Answers | None = None
 
-    def train_batch(self, step: int, batch_size: int, block_size: int, seed: int):
+    def train_batch(self, step: int, batch_size: int, block_size: int, seed: int) -> Batch:
         return train_batch(self.train, step, batch_size, block_size, seed, self.train_answers)
 
-    def val_batches(self, block_size: int, batch_size: int, n_windows: int):
+    def val_batches(self, block_size: int, batch_size: int, n_windows: int) -> list[Batch]:
         return val_batches(self.val, block_size, batch_size, n_windows, self.val_answers)
 
 
@@ -90,8 +91,8 @@ def load(dataset: str) -> Dataset:
 
 def train_batch(
     tokens: np.ndarray, step: int, batch_size: int, block_size: int, seed: int, answers: Answers | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs x and targets y, (batch_size, block_size) int64, of training step `step` (0, 1, ...).
+) -> Batch:
+    """The batch, of batch_size sequences of block_size tokens, of training step `step` (0, 1, ...).
 
     A pure function of its arguments: resuming needs only the step, and nothing else can shift the data. An
     epoch visits the windows of one tiling of `tokens` once each, in random order; each epoch has its own
@@ -108,11 +109,11 @@ def train_batch(
 
 def val_batches(
     tokens: np.ndarray, block_size: int, batch_size: int, n_windows: int, answers: Answers | None = None
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> list[Batch]:
     """The same `n_windows` windows each time, never overlapping, spread evenly over `tokens`; all if fewer.
 
-    Returns (x, y) pairs, (batch_size, block_size) int64, as in train_batch; the last may have fewer rows.
-    ValueError: fewer tokens than one window.
+    They come in batches as in train_batch; the last may have fewer rows. ValueError: fewer tokens than one
+    window.
     """
     windows = pack(answers, block_size) if answers else range(_whole_windows(len(tokens), block_size))
     count = min(n_windows, len(windows))
@@ -144,7 +145,7 @@ def write_dataset(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
         new = Path(temporary)
         for split, docs in zip(SPLITS, (train_docs, val_docs)):
-            about[split] = _write_tokens(new / f"{split}.bin", docs, tokenizer, DTYPES[dtype])
+            about[split] = _write_tokens(new / f"{split}.bin", docs, tokenizer, FILE_DTYPES[dtype])
         for name, content in (files or {}).items():
             (new / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         about["files"] = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
@@ -190,7 +191,7 @@ def _remedy(folder: Path) -> str:
 def _open_tokens(path: Path, meta: dict, vocab_size: int) -> np.ndarray:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; {_remedy(path.parent)}")
-    tokens = np.memmap(path, dtype=DTYPES[meta.get("dtype", "uint16")], mode="r")
+    tokens = np.memmap(path, dtype=FILE_DTYPES[meta.get("dtype", "uint16")], mode="r")
     if (largest := int(tokens.max())) >= vocab_size:
         raise ValueError(f"{path} holds token id {largest}; its tokenizer has ids 0..{vocab_size - 1} only")
     return tokens
@@ -217,21 +218,17 @@ def _epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.n
     return offset + block_size * rng.permutation(count)
 
 
-def _windows(tokens: np.ndarray, starts: list[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(tokens: np.ndarray, starts: list[int], block_size: int) -> Batch:
     rows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
     rows = torch.from_numpy(rows)  # (B, T+1)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def _write_tokens(
-    path: Path, docs: Iterable[Document], tokenizer: AnyTokenizer, dtype: str
-) -> dict[str, int]:
+def _write_tokens(path: Path, docs: Iterable[Document], tokenizer: AnyTokenizer, dtype: str) -> dict:
     counts = {"documents": 0, "tokens": 0, "bytes": 0}
     total = sum(map(len, docs)) if isinstance(docs, list) else None
-    with (
-        open(path, "wb") as file,
-        tqdm(desc=path.stem, total=total, unit="", unit_scale=True, disable=None) as bar,
-    ):
+    bar = tqdm(desc=path.stem, total=total, unit="", unit_scale=True, disable=None)
+    with open(path, "wb") as file, bar:
         for length, ids in _encoded(docs, tokenizer):
             file.write(ids.astype(dtype).tobytes())
             counts["documents"] += length is None

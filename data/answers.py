@@ -33,24 +33,26 @@ class Answers:
         begins = np.flatnonzero((self.learn[1:] == 0) & (self.learn[:-1] == 1)) + 1
         return np.concatenate([[0], begins, [len(self.learn)]])
 
-    def rows(self, tokens: np.ndarray, windows: Iterable[Window], block_size: int):
+    def rows(
+        self, tokens: np.ndarray, windows: Iterable[Window], block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, y (windows, block_size) int64 of the pairs of a split; y is -1 where nothing is learned."""
-        places, learned = map(np.stack, zip(*(self._row(*window, block_size + 1) for window in windows)))
-        rows = tokens[places].astype(np.int64)  # (B, T+1)
+        positions, learned = map(np.stack, zip(*(self._row(*window, block_size + 1) for window in windows)))
+        rows = tokens[positions].astype(np.int64)  # (B, T+1)
         targets = np.where(learned, rows, -1)
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy())
 
     def _row(self, order: np.ndarray, begin: int, end: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(size,) places of a window's tokens, and whether they are learned: those of pairs before `end`."""
+        """(size,) positions of a window's tokens in the split, and whether each is learned."""
         place, parts, filled, whole = begin, [], 0, 0
         while filled < size:
             pair = order[place % len(order)]
             parts.append(np.arange(self.bounds[pair], self.bounds[pair + 1]))
             filled += len(parts[-1])
-            whole = filled if place < end else whole
+            whole = filled if place < end else whole  # pairs from `end` on are only read
             place += 1
-        places = np.concatenate(parts)[:size]
-        return places, (np.arange(size) < whole) & (self.learn[places] == 1)
+        positions = np.concatenate(parts)[:size]
+        return positions, (np.arange(size) < whole) & (self.learn[positions] == 1)
 
 
 def train_windows(answers: Answers, samples: range, block_size: int, seed: int) -> list[Window]:

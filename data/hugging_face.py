@@ -1,7 +1,7 @@
 """Models of the Hugging Face Hub: their tokenizers and their checkpoints.
 
-The way in to checkpoints is MoEGPT.from_pretrained and save_pretrained. What model.py calls its settings and
-weights is known here from tables alone: a config is a dictionary, and weights are named tensors.
+The way in to checkpoints is MoEGPT.from_pretrained and save_pretrained. Nothing of model.py is imported: a
+config is a dictionary here, weights are named tensors, and tables translate their names.
 """
 
 import functools
@@ -37,6 +37,7 @@ def is_hugging_face(name_or_path: str) -> bool:
 
 
 def optional(package: str) -> ModuleType:
+    """A package that only pretrained models need. ValueError, with the pip command, if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -45,7 +46,7 @@ def optional(package: str) -> ModuleType:
 
 
 def hf_folder(name_or_path: str | Path, files: str | list[str]) -> Path:
-    """The folder of that name, or else one with these files of the model of that name on the Hub."""
+    """The folder of that name, or else a copy of these files of the model of that name on the Hub."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     hub = optional("huggingface_hub")
@@ -53,10 +54,9 @@ def hf_folder(name_or_path: str | Path, files: str | list[str]) -> Path:
     try:
         return Path(hub.snapshot_download(str(name_or_path), allow_patterns=files))
     except Exception as error:  # the library's errors are many, and long
-        raise ValueError(
-            f"{name_or_path} is no folder here, and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}): check the name and the network, or give the folder of a copy"
-        ) from error
+        why = f"and could not be fetched from the Hugging Face Hub ({type(error).__name__})"
+        remedy = "check the name and the network, or give the folder of a copy"
+        raise ValueError(f"{name_or_path} is no folder here, {why}: {remedy}") from error
 
 
 def read_json(path: Path) -> dict:
@@ -196,7 +196,7 @@ QWEN_KEYS = MOE_KEYS | {
     "n_dense_layer": "n_dense_layer",
 }
 IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False}
-# What a config.json must say, unless it says nothing, of what MoEConfig has no field for.
+# MoEConfig has no field for these: a config.json must say this of them, or nothing.
 USUAL = {
     "hidden_act": "silu",
     "rope_type": "default",
@@ -206,7 +206,7 @@ USUAL = {
     "decoder_sparse_step": 1,
     "quant_method": None,
 }
-# Parameters here, and the tensors of a file that lie in them, one below the other.
+# Each parameter here holds these tensors of a file, one below the other.
 NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -264,22 +264,22 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 
 
 def read_settings(name_or_path: str | Path) -> tuple[dict, str]:
-    """What a checkpoint's config.json says: settings of MoEConfig, and which of FAMILIES it is.
+    """What a checkpoint's config.json says: settings of MoEConfig, and the model_type.
 
     Raises ValueError for what model.py cannot express.
     """
     folder, where = hf_folder(name_or_path, "config.json"), "in config.json"
     said = plain_config(read_json(folder / "config.json"))
-    kind = said.get("model_type")
-    require(kind in FAMILIES, f"model_type {where}", kind, "one of " + ", ".join(FAMILIES))
+    model_type = said.get("model_type")
+    require(model_type in FAMILIES, f"model_type {where}", model_type, "one of " + ", ".join(FAMILIES))
     for key, usual in USUAL.items():
         require(said.get(key, usual) == usual, f"{key} {where}", said.get(key), f"{usual}")
-    family = FAMILIES[kind]
+    family = FAMILIES[model_type]
     settings = family.implied | {field: said[key] for key, field in family.keys.items() if key in said}
     for key, field in family.keys.items():
         require(field in settings, f"{key} {where}", "missing", "given")
     require(settings["n_expert"] >= 2, f"num_experts {where}", settings["n_expert"], "at least 2")
-    return settings | {"router": "topk"}, kind
+    return settings | {"router": "topk"}, model_type
 
 
 def plain_config(said: dict) -> dict:
@@ -297,9 +297,9 @@ def plain_config(said: dict) -> dict:
     return {key: value for key, value in plain.items() if value is not None}
 
 
-def file_views(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint's files: its name there, and the view of the weights here that it is."""
-    views, names = {}, FAMILIES[kind].names
+def file_views(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """For the name of every tensor in a checkpoint's files, the part of a weight here that holds it."""
+    views, names = {}, FAMILIES[model_type].names
     q_rows = weights["blocks.0.attention.out.weight"].shape[1]
     for name, weight in weights.items():
         block = re.match(r"blocks\.(\d+)\.", name)
@@ -315,7 +315,7 @@ def file_views(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
-    """Every tensor of a checkpoint that has elements: the file that it is in, and itself on the meta device.
+    """For the name of every tensor that has elements, the file that holds it, and its shape (a meta tensor).
 
     Raises ValueError for a file that is missing or damaged, and for a dtype that is not one of DTYPES.
     """
@@ -347,7 +347,7 @@ def outline(file, name: str) -> Tensor:
 def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
     """Read the tensors of file_tensors into the views of file_views.
 
-    A file stays open for 16 tensors: until it is closed, the pages that were read count as memory.
+    A file is opened anew for every 16 tensors: until it is closed, the pages that were read count as memory.
     """
     opened = None
     bar = tqdm(paths.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
@@ -358,18 +358,17 @@ def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
 
 
 def family_of(config: dict, defaults: dict, free: Iterable[str]) -> str:
-    """The first of FAMILIES that can express a config, whatever it says of the settings `free`.
+    """The model_type of the first family that can express a config, whatever it says of the settings `free`.
 
-    defaults: what MoEConfig has where nothing is said. Raises ValueError naming a field that no family can
-    express.
+    defaults: MoEConfig's. Raises ValueError naming a field that no family can express.
     """
     n_expert = config["n_expert"]
     require(n_expert >= 2, "n_expert", n_expert, "at least 2 to be saved for transformers")
     unlike = {}
-    for kind, family in FAMILIES.items():
+    for model_type, family in FAMILIES.items():
         said, always = {*family.keys.values(), *free}, defaults | family.implied
-        unlike[kind] = {f: value for f, value in always.items() if f not in said and config[f] != value}
-    nearest = min(unlike, key=lambda kind: len(unlike[kind]))
+        unlike[model_type] = {f: value for f, value in always.items() if f not in said and config[f] != value}
+    nearest = min(unlike, key=lambda model_type: len(unlike[model_type]))
     for field, value in unlike[nearest].items():
         allowed = f"{value} to be saved as {nearest}, the nearest family"
         require(config[field] == value, field, config[field], allowed)
@@ -377,7 +376,7 @@ def family_of(config: dict, defaults: dict, free: Iterable[str]) -> str:
 
 
 def write_checkpoint(
-    path: Path, kind: str, settings: dict, weights: dict[str, Tensor], tokenizer: dict, shard_bytes: int
+    path: Path, model_type: str, settings: dict, weights: dict[str, Tensor], tokenizer: dict, shard_bytes: int
 ) -> None:
     """Write a new folder that transformers opens, whole or not at all.
 
@@ -387,23 +386,24 @@ def write_checkpoint(
     dtype, temporary = weights["embedding.weight"].dtype, path.with_name(path.name + ".tmp")
     temporary.mkdir(parents=True)
     try:
-        said = config_json(settings, kind, dtype, tokenizer.get("eot"))
+        said = config_json(settings, model_type, dtype, tokenizer.get("eot"))
         (temporary / "config.json").write_text(json.dumps(said, indent=2))
         if tokenizer.get("kind") == "hf":
             (temporary / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
-        write_tensors(temporary, file_views(weights, kind), shard_bytes)
+        write_tensors(temporary, file_views(weights, model_type), shard_bytes)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def config_json(settings: dict, kind: str, dtype: torch.dtype, eot: int | None) -> dict:
-    """What config.json says of a config, in words that old and new releases of transformers read."""
-    said = {key: settings[field] for key, field in FAMILIES[kind].keys.items()}
+def config_json(settings: dict, model_type: str, dtype: torch.dtype, eot: int | None) -> dict:
+    """The content of config.json, in words that old and new releases of transformers read."""
+    said = {key: settings[field] for key, field in FAMILIES[model_type].keys.items()}
+    dense = range(said.pop("n_dense_layer", 0))
     return said | {
-        "model_type": kind,
-        "architectures": ["".join(word.capitalize() for word in kind.split("_")) + "ForCausalLM"],
-        "mlp_only_layers": list(range(said.pop("n_dense_layer", 0))),
+        "model_type": model_type,
+        "architectures": ["".join(word.capitalize() for word in model_type.split("_")) + "ForCausalLM"],
+        "mlp_only_layers": list(dense),
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": None,
         "eos_token_id": eot,

@@ -22,8 +22,8 @@ from data.source import pieces, sample
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
 MAX_VOCAB = 2**16  # of what is trained here; ids are then stored as uint16
-# Merges stay within these. Made for code: a word takes along the space or underscore before it, line breaks
-# the indentation after them, and numbers come in pairs of digits.
+# Text is cut into these pieces, and no token reaches beyond one. Made for code: a word takes along the space
+# or underscore before it, line breaks the indentation after them, and numbers come in pairs of digits.
 SPLIT = r"[ _]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\n+[ \t]*|[ \t]+|\s+"
 
 
@@ -47,9 +47,8 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError) as err:
             why = f"{type(err).__name__} {err}"
             raise ValueError(f"this is not the description of a tokenizer: {why}") from err
-        self.vocab_size = len(ranks) + len(meta["special"])
+        self._ranks, self.vocab_size = ranks, len(ranks) + len(meta["special"])
         self._known_bytes = frozenset(token[0] for token in ranks if len(token) == 1)
-        self._ranks = ranks
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; "<|endoftext|>" inside it is ordinary text. ValueError names unknown characters."""
@@ -91,17 +90,17 @@ class Tokenizer:
             data = text.encode()
         except UnicodeEncodeError as err:
             raise ValueError(f"{text[err.start]!r} is half of a surrogate pair, not a character") from None
-        if len(self._known_bytes) == N_BYTES or self._known_bytes.issuperset(data):
-            return
-        lacking = sorted({char for char in text if not self._known_bytes.issuperset(char.encode())})
-        raise ValueError(f"the tokenizer {self.name!r} has no token for {', '.join(map(repr, lacking[:10]))}")
+        if len(self._known_bytes) < N_BYTES and not self._known_bytes.issuperset(data):
+            lacking = sorted({char for char in text if not self._known_bytes.issuperset(char.encode())})
+            few = ", ".join(map(repr, lacking[:10]))
+            raise ValueError(f"the tokenizer {self.name!r} has no token for {few}")
 
 
 AnyTokenizer = Tokenizer | HFTokenizer
 
 
 def make_tokenizer(meta: dict) -> AnyTokenizer:
-    """The tokenizer that a dataset or a checkpoint describes. ValueError: none."""
+    """The tokenizer that a dataset or a checkpoint describes. ValueError if it describes none."""
     is_hf = isinstance(meta, dict) and meta.get("kind") == "hf"
     return HFTokenizer(meta) if is_hf else Tokenizer(meta)
 
@@ -115,15 +114,14 @@ def train_bpe(
     be learned; such a tokenizer refuses text with other characters. ValueError: vocab_size outside
     257..65536.
     """
-    fits = N_BYTES < vocab_size <= MAX_VOCAB
-    require(fits, "vocab_size", vocab_size, f"{N_BYTES + 1} to {MAX_VOCAB}")
+    allowed = range(N_BYTES + 1, MAX_VOCAB + 1)
+    require(vocab_size in allowed, "vocab_size", vocab_size, f"{allowed[0]} to {allowed[-1]}")
     texts = [piece for text in texts for piece in pieces(text)]
     seen = set().union(*(text.encode() for text in texts)) if only_seen_bytes else set(range(N_BYTES))
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size=vocab_size - 1 + N_BYTES - len(seen), pattern=pattern)
-    merged = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-    tokens = [bytes(token) for token, _ in merged]
-    tokens = [token for token in tokens if len(token) > 1 or token[0] in seen]
+    by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    tokens = [bytes(token) for token, _ in by_rank if len(token) > 1 or token[0] in seen]
     return Tokenizer(_meta("bpe", name, pattern, tokens, {END_OF_TEXT: len(tokens)}))
 
 
@@ -134,10 +132,9 @@ def gpt2_tokenizer() -> Tokenizer:
     try:
         parts = openai_public.gpt2()
     except Exception as err:  # whatever the network or the cache raises
-        raise ValueError(
-            f"GPT-2's tokenizer could not be downloaded ({type(err).__name__}); "
-            "train one on the text instead with --tokenizer=bpe, or set TIKTOKEN_CACHE_DIR to a copy"
-        ) from err
+        why = f"GPT-2's tokenizer could not be downloaded ({type(err).__name__})"
+        remedy = "train one on the text instead with --tokenizer=bpe, or set TIKTOKEN_CACHE_DIR to a copy"
+        raise ValueError(f"{why}; {remedy}") from err
     tokens = sorted(parts["mergeable_ranks"], key=parts["mergeable_ranks"].get)
     return Tokenizer(_meta("gpt2", "gpt2", parts["pat_str"], tokens, parts["special_tokens"]))
 

@@ -52,6 +52,11 @@ def assert_same_runs(a, b, *names):
             assert_same(left[key], right[key])
 
 
+def contents(folder):
+    """Every file below a folder, and what is in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def error_line(capsys, main, *argv):
     """The one line on stderr with which a script ends, and no traceback."""
     capsys.readouterr()

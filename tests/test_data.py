@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from runs import assert_same, contents
 from tiktoken_ext import openai_public
 
 import data
@@ -332,13 +333,7 @@ def test_validation_windows_are_fixed_and_disjoint(n_windows):
     assert (gaps >= BLOCK).all() and (len(x) < 2 or gaps.max() - gaps.min() <= BLOCK)
     assert x[0, 0] == 0 and x[-1, 0] >= N * (1 - 1 / len(x)) - 2 * BLOCK
     assert all(len(x) == BATCH for x, _ in batches[:-1])
-    assert equal(batches, val_batches(TOKENS, BLOCK, BATCH, n_windows))
-
-
-def equal(batches, others):
-    return len(batches) == len(others) and all(
-        torch.equal(a, b) for pair in zip(batches, others) for a, b in zip(*pair)
-    )
+    assert_same(batches, val_batches(TOKENS, BLOCK, BATCH, n_windows))
 
 
 # ---- windows of pairs: prompts of 3 tokens and answers of 1 to 5
@@ -385,7 +380,8 @@ def test_batches_of_pairs_are_a_pure_function_of_the_step():
     assert torch.equal(train_batch(PAIRS, 1, count, 20, 0, again)[0], second)
     assert not torch.equal(train_batch(PAIRS, 0, count, 20, 1, again)[0], first)
     a, b = (val_batches(PAIRS, 20, 3, 5, answers) for answers in (ANSWERS, again))
-    assert [len(x) for x, _ in a] == [3, 2] and equal(a, b)
+    assert [len(x) for x, _ in a] == [3, 2]
+    assert_same(a, b)
 
 
 def test_too_short_for_a_window():
@@ -413,11 +409,6 @@ def test_documents_end_with_end_of_text(dataset, tmp_path, bpe):
         assert (tmp_path / "ids" / name).read_bytes() == (dataset / name).read_bytes()
 
 
-def snapshot(folder):
-    """Contents of every file below a folder."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def broken():
     """Documents that fail after the first."""
     yield TEXT
@@ -438,9 +429,9 @@ def broken():
 )
 def test_a_failing_write_leaves_the_old_dataset(dataset, bpe, train, val, words):
     """When writing fails nothing of the old dataset changes and nothing else is left."""
-    before = snapshot(dataset)
+    before = contents(dataset)
     refused(words, write_dataset, dataset, train, val, bpe, "0")
-    assert snapshot(dataset) == before and not list(dataset.glob(".tmp-*"))
+    assert contents(dataset) == before and not list(dataset.glob(".tmp-*"))
 
 
 def test_an_interrupted_move_is_no_dataset(dataset, bpe, monkeypatch):
@@ -641,9 +632,9 @@ def test_textfile_reads_a_folder(tmp_path):
     others[".notes.txt"] = "hidden"
     write_tree(tmp_path, names | others)
     opened = run(textfile, tmp_path, tmp_path / "out", "--val_fraction=0.2")
-    first = snapshot(tmp_path / "out")
+    first = contents(tmp_path / "out")
     run(textfile, tmp_path, tmp_path / "out", "--val_fraction=0.2")
-    assert snapshot(tmp_path / "out") == first
+    assert contents(tmp_path / "out") == first
     train, val = ([int(text.split()[1]) for text in split] for split in texts(opened))
     assert sorted(train + val) == list(range(40)) and 5 <= len(val) <= 8
 
@@ -676,9 +667,9 @@ def test_bad_sources(dataset, tmp_path_factory, script, content, words):
     and the dataset that was there stays."""
     source = tmp_path_factory.mktemp("source")
     write_tree(source, {} if content is None else {"source": content})
-    before = snapshot(dataset)
+    before = contents(dataset)
     refused(words, run, script, source / "source", dataset, *(FIELDS if script is pairs else []))
-    assert snapshot(dataset) == before
+    assert contents(dataset) == before
 
 
 @pytest.mark.parametrize(
@@ -751,13 +742,9 @@ def test_pysource(tmp_path, monkeypatch):
     """Files are read once each, in order, without tests and giants, and split by their paths."""
     names = ["a", "sub/c", "sub/tests/d", "sub/site-packages/e", *(f"many/m{i:03d}" for i in range(200))]
     files = {f"{name}.py": f"# {name}\n{TEXT[:300]}" for name in names}
-    others = {
-        "b.py": files["a.py"],
-        "latin.py": b"# caf\xe9",
-        "empty.py": "",
-        "giant.py": "x = 1\n" * 100_000,
-    }
-    write_tree(tmp_path / "package", files | others | {"notes.txt": "text"})
+    others = {"b.py": files["a.py"], "latin.py": b"# caf\xe9", "empty.py": "", "notes.txt": "text"}
+    others["giant.py"] = "x = 1\n" * 100_000
+    write_tree(tmp_path / "package", files | others)
     found = pysource.read_files({"package": tmp_path / "package"})
     assert list(found) == sorted(found) and len(found) == 202
     assert {"package/a.py", "package/sub/c.py"} < found.keys()

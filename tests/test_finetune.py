@@ -178,10 +178,8 @@ def olmoe(tmp_path_factory):
     torch.manual_seed(0)
     model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**config, eos_token_id=0))
     model.save_pretrained(folder)
-    tokenizer, texts = (
-        tokenizers.ByteLevelBPETokenizer(),
-        [f"{p['question']} {p['answer']}" for p in PROBLEMS],
-    )
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    texts = [f"{problem['question']} {problem['answer']}" for problem in PROBLEMS]
     tokenizer.train_from_iterator(texts, 300, special_tokens=["<|endoftext|>"], show_progress=False)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))

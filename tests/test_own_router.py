@@ -81,7 +81,7 @@ def command(main, *argv):
 
 
 def train_with(file, **settings):
-    command(train.main, *[file] * (file is not None), *flags(**TINY | settings))
+    command(train.main, *filter(None, [file]), *flags(**TINY | settings))
 
 
 def test_it_trains_and_resumes(own, dataset, tmp_path, monkeypatch):

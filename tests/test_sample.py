@@ -13,9 +13,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from runs import error_line
 
 import sample
-from config import bad_input_exits, help_text
+from config import help_text
 from data import train_bpe
 from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
 from router import ROUTERS
@@ -95,11 +96,8 @@ def fails(capfd, run):
     """Run sample.py with these arguments; returns its one line of error."""
 
     def fails(*argv, out_dir=run):
-        with pytest.raises(SystemExit) as stop, bad_input_exits():
-            sample.main([f"--out_dir={out_dir}", "--prompt=def", "--max_new_tokens=2", *argv])
-        err = capfd.readouterr().err
-        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and err[-1] == "\n"
-        return err
+        argv = f"--out_dir={out_dir}", "--prompt=def", "--max_new_tokens=2", *argv
+        return error_line(capfd, sample.main, *argv)
 
     return fails
 
@@ -181,9 +179,8 @@ def test_a_seed_is_a_text(say):
     assert once == again != other
     assert len(once) == 2 and once[0].rstrip() != once[1].rstrip()
     assert body(say("--prompt=def", "--seed=1")) == once[0][:-1]
-    assert (
-        len({body(say(f"--prompt={PROMPT}", "--temperature=0", f"--seed={seed}")) for seed in range(3)}) == 1
-    )
+    likeliest = (body(say("--prompt=def", "--temperature=0", f"--seed={seed}")) for seed in range(3))
+    assert len(set(likeliest)) == 1
 
 
 def test_show_experts_colours_the_same_text(say):
@@ -426,9 +423,9 @@ def by_hand(model, ids, window):
     for position, token in enumerate(ids):
         if position - begin == window:
             begin = position - window // 2
-        numbers = (
-            (None, None) if ahead is None else (-(ahead * ahead.log()).sum().item(), ahead[token].item())
-        )
+        numbers = (None, None)
+        if ahead is not None:
+            numbers = (-(ahead * ahead.log()).sum().item(), ahead[token].item())
         logits, _, stats = model(torch.tensor([ids[begin : position + 1]]), router="online_seqtopk")
         ahead = logits[0, -1].double().softmax(-1)
         experts = [layer.mask[0, -1].nonzero().flatten().tolist() for layer in stats.routing]
@@ -440,10 +437,9 @@ def by_hand(model, ids, window):
 def test_the_page_says_what_the_model_did(say, run, tokenizer, tmp_path, new_tokens):
     """Its tokens are the printed text, each with the experts, the entropy and the probability that whole
     forwards give, whatever the sampling options."""
-    out = say(
-        f"--prompt={HOSTILE}", f"--max_new_tokens={new_tokens}", "--top_k=50", f"--html={tmp_path / 'a.html'}"
-    )
-    data = read_page(tmp_path / "a.html")
+    path = tmp_path / "a.html"
+    out = say(f"--prompt={HOSTILE}", f"--max_new_tokens={new_tokens}", "--top_k=50", f"--html={path}")
+    data = read_page(path)
     (rows,) = data["samples"]
     assert "".join(row["text"] for row in rows) == body(out) and body(out).startswith(HOSTILE)
     ids, prompt = [row["id"] for row in rows], tokenizer.encode(HOSTILE)
@@ -489,17 +485,6 @@ def test_dense_layers_are_not_on_the_page(say, tmp_path, tokenizer):
     say("--prompt=def", f"--html={tmp_path / 'a.html'}", out_dir=folder)
     data = read_page(tmp_path / "a.html")
     assert data["layers"] == [1] and {len(row["experts"]) for row in data["samples"][0]} == {1}
-
-
-@pytest.mark.parametrize("name", ["", ".", "nowhere/a.html", "folder", "file/a.html", "/dev/null"])
-def test_a_page_that_cannot_be_written(fails, tmp_path, monkeypatch, name):
-    """It is refused before anything is generated, and nothing is left behind."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MoEGPT, "generate", None)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("mine")
-    assert "html is " in fails(f"--html={name}")
-    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
 
 
 SVG = "{http://www.w3.org/2000/svg}"

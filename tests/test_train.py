@@ -29,6 +29,7 @@ from runs import (
     TINY,
     assert_same,
     assert_same_runs,
+    contents,
     entries,
     error_line,
     flags,
@@ -50,11 +51,6 @@ DENSE = {"n_expert": 1, "k": 1, "router": "topk"}
 WARM_UP = {"first_router": "expert_choice", "first_iters": 3}
 # 6 windows in an iteration, and about 60 in an epoch: iteration 10 begins in one epoch and ends in the next
 LONG = TINY | {"batch_size": 3, "gradient_accumulation_steps": 2, "bias_rate": 0.01, "max_iters": 12}
-
-
-def contents(folder):
-    """Every file below a folder, and what is in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -214,6 +210,23 @@ def test_the_causal_loss_is_the_headline(recorded):
 def test_half_precision_learns(start, settings):
     causal = [entry["causal"]["loss"] for entry in entries(start(**settings, max_iters=6), "eval")]
     assert causal[2] < causal[1] < causal[0] - 0.3
+
+
+@pytest.mark.parametrize("asked", ["auto", "true"])
+def test_a_compiler_that_fails(start, capsys, monkeypatch, asked):
+    """What auto chose is given up, with a line that says why; what was asked for is refused."""
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    monkeypatch.setattr(train, "pick_compile", lambda *args: (True, "tried"))
+    if asked == "auto":
+        assert entries(start(compile=asked, max_iters=2), "eval")[-1]["step"] == 2
+        assert "compile   off after all: RuntimeError: no compiler\n" in capsys.readouterr().out
+    else:
+        err = error_line(capsys, lambda argv: start(compile=asked))
+        assert "compile is true, but torch.compile fails here with no compiler here" in err
 
 
 def test_what_a_run_leaves_behind(printed, dataset):
@@ -525,13 +538,13 @@ def evaluate_by_hand(run, router):
         experts += stats.n_taken.flatten().tolist()
         load += stats.load
     shares = (load / load.sum(-1, keepdim=True)).tolist()
+    of_uniform = [4 * share for row in shares for share in row]  # of 2 layers; the mean is 1
     return {
         "loss": sum(nats) / len(nats),
         "bpb": sum(nats) / math.log(2) / n_bytes,
         "experts": [sum(experts) / len(experts), min(experts), max(experts)],
         "entropy": -sum(p * math.log(p) for row in shares for p in row if p) / 2 / math.log(4),
-        "variance": sum((4 * p - 1) ** 2 / 4 for row in shares for p in row)
-        / 2,  # of 4 experts; the mean is 1
+        "variance": sum((p - 1) ** 2 for p in of_uniform) / 4 / 2,
         "dead": (load == 0).sum().item(),
     }
 
@@ -558,10 +571,8 @@ def test_evaluation_is_a_function_of_the_weights(make_run):
     """Neither random state, nor training batches, nor the iteration change a loss. Evaluations, and the
     estimate of the time, change no weight, no gradient and no random state."""
     run = make_run()
-    before, weights = (
-        train.evaluate(run, "seqtopk"),
-        {k: v.clone() for k, v in run.model.state_dict().items()},
-    )
+    before = train.evaluate(run, "seqtopk")
+    weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     train.losses(run, *train.batch(run, 3))
     run.step = 7
     for seed in (1, 99):
@@ -779,12 +790,8 @@ def test_fine_tuning_under_another_router(dataset, topk_run, tmp_path, seen, nam
     """A TopK run opens under SeqTopK, from its folder (best.pt) or a file: its weights and architecture, and
     in all else, the length of sequences too, a new run; the old one stays."""
     before, folder = contents(topk_run), tmp_path / "tuned"
-    settings = RUN | {
-        "max_iters": 2,
-        "router": "seqtopk",
-        "block_size": block_size,
-        "init_from": topk_run / name,
-    }
+    settings = RUN | {"max_iters": 2, "router": "seqtopk", "block_size": block_size}
+    settings["init_from"] = topk_run / name
     train.main(flags(**settings, dataset=dataset, out_dir=folder))
     assert_same(seen[0].weights, load_checkpoint(topk_run / (name or "best.pt"))["model"])
     last = load_checkpoint(folder / "last.pt")

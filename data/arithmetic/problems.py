@@ -26,8 +26,8 @@ class Scene(NamedTuple):
     gain: str  # events of one step
     lose: str
     pack: str  # an event of two steps
-    ask: str
     last: dict[str, tuple[str, str, str]]  # events with a question of their own, and the unit of its answer
+    ask: str = "How many {x} does {A} have now?; How many {x} are there in the end?"
 
 
 FRIENDS = {
@@ -49,7 +49,6 @@ BUSES = {
     "minus": ("Another bus has {n} fewer {x} than this one", "How many {x} does it have?", "{x}"),
 }
 PENS = {"fill": ("{A} spends it all on pens for {k} dollars each", "How many pens does {A} buy?", "pens")}
-ASK = "How many {x} does {A} have now?; How many {x} are there in the end?"
 
 MARBLES = Scene(
     things="badges balloons beads buttons cards coins crayons marbles pencils stamps stickers",
@@ -57,7 +56,6 @@ MARBLES = Scene(
     gain="{A} finds {n} more {x}; {B} gives {A} {n} {x}; Then {A} buys {n} more {x}; {A} wins {n} {x}",
     lose="{A} loses {n} {x}; {A} gives {n} {x} to {B}; Then {A} sells {n} {x}; {B} takes {n} of the {x}",
     pack="{A} buys {k} bags with {m} {x} each",
-    ask=ASK,
     last=FRIENDS | SHARING,
 )
 CAKES = Scene(
@@ -66,7 +64,6 @@ CAKES = Scene(
     gain="Then {A} bakes {n} more {x}; {B} brings {A} {n} {x}; {A} makes another {n} {x}",
     lose="{A} sells {n} {x}; The guests eat {n} of the {x}; {A} gives {n} {x} to {B}; {n} of the {x} burn",
     pack="{A} fills {k} trays with {m} new {x} each",
-    ask=ASK,
     last=FRIENDS | SHARING,
 )
 FRUIT = Scene(
@@ -75,7 +72,6 @@ FRUIT = Scene(
     gain="{A} picks {n} more {x}; {B} gives {A} {n} {x}; Then {A} gathers another {n} {x}",
     lose="{A} cooks {n} of the {x}; {A} throws away {n} bad {x}; {A} gives {n} {x} to {B}",
     pack="{A} gets {k} baskets with {m} {x} each",
-    ask=ASK,
     last=FRIENDS | SHARING,
 )
 MONEY = Scene(
@@ -84,7 +80,6 @@ MONEY = Scene(
     gain="{A} finds {n} dollars; {B} gives {A} {n} dollars; {A} gets {n} dollars for cleaning a car",
     lose="{A} spends {n} dollars; {A} pays {n} dollars for a book; {A} gives {n} dollars to {B}",
     pack="{A} works {k} hours for {m} dollars an hour",
-    ask=ASK,
     last=FRIENDS | PENS,
 )
 BUS = Scene(
@@ -93,8 +88,8 @@ BUS = Scene(
     gain="Then {n} more {x} get on; At the park {n} {x} get on; At the next stop {n} {x} get on",
     lose="Then {n} {x} get off; At the bridge {n} {x} get off; At the next stop {n} {x} leave the bus",
     pack="At the station {k} groups of {m} {x} get on",
-    ask="How many {x} are on the bus now?; How many {x} are there in the end?",
     last=BUSES,
+    ask="How many {x} are on the bus now?; How many {x} are there in the end?",
 )
 SCENES = [MARBLES, CAKES, FRUIT, MONEY, BUS]
 

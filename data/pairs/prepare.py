@@ -111,15 +111,14 @@ def write_pairs(
     folder: Path, train: list[Pair], val: list[Pair], tokenizer: AnyTokenizer, files: dict | None = None
 ) -> dict:
     """Write a dataset of which only the answers are learned; as data.write_dataset."""
-    docs, learn = {}, {}
-    for name, pairs in (("train", train), ("val", val)):
+    splits, docs, files = {"train": train, "val": val}, [], dict(files or {})
+    for name, pairs in splits.items():
         encoded = [encode(tokenizer, pair) for pair in pairs]
-        docs[name] = [prompt + answer for prompt, answer in encoded]
+        docs.append([prompt + answer for prompt, answer in encoded])
         masks = ([0] * len(prompt) + [1] * (len(answer) + 1) for prompt, answer in encoded)  # end-of-text too
-        learn[f"{name}_learn.bin"] = b"".join(map(bytes, masks))
-    sha256 = digest((name, "".join(map(document, pairs))) for name, pairs in (("train", train), ("val", val)))
-    files, prompt = (files or {}) | learn, prompt_of(val[0].prompt)
-    return write_dataset(folder, docs["train"], docs["val"], tokenizer, sha256, files, prompt=prompt)
+        files[f"{name}_learn.bin"] = b"".join(map(bytes, masks))
+    sha256 = digest((name, "".join(map(document, pairs))) for name, pairs in splits.items())
+    return write_dataset(folder, *docs, tokenizer, sha256, files, prompt=prompt_of(val[0].prompt))
 
 
 def encode(tokenizer: AnyTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
