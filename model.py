@@ -33,6 +33,8 @@ from router import (
     Routing,
     State,
     check_bounds,
+    check_promises,
+    check_row,
     check_slots,
     load_balance_loss,
     z_loss,
@@ -80,6 +82,7 @@ class MoEConfig:
         for name in ("vocab_size", "shared_hidden", "n_dense_layer", "n_null"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.router in ROUTERS, "router", self.router, known_routers(self.router))
+        check_row(self.router, vars(self))
         choices = {"score_fn": SCORES, "qk_norm": ("none", "head", "full")}
         for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
@@ -115,7 +118,7 @@ class MoEConfig:
 
     def options_of(self, row: Router) -> dict[str, object]:
         """What the router of that row takes besides k."""
-        return {name: getattr(self, name) for name in row.options}
+        return {name: getattr(self, name) for name in row.options if name != "state"}
 
 
 MOVED = dict.fromkeys(("seqtopk_discount", "online_seqtopk_discount"), "experiments/discount.py")
@@ -124,7 +127,7 @@ MOVED = dict.fromkeys(("seqtopk_discount", "online_seqtopk_discount"), "experime
 def known_routers(name: str) -> str:
     """What a message says of the routers that there are, when `name` is none of them."""
     file = MOVED.get(name, "FILE.py")
-    return f"one of {', '.join(ROUTERS)}, or defined in a file that is named first: python SCRIPT.py {file}"
+    return f"one of {', '.join(ROUTERS)}, or defined in a file that is given too: python SCRIPT.py {file} ..."
 
 
 def check_router(config: MoEConfig, name: str) -> None:
@@ -144,7 +147,8 @@ def check_router(config: MoEConfig, name: str) -> None:
 
 def check_state(config: MoEConfig, name: str) -> None:
     """Raise ValueError if the router needs a state that a model of this config has not learned."""
-    learned = ROUTERS[name].state in (None, ROUTERS[config.router].state)
+    row = ROUTERS[name]
+    learned = "state" not in row.options or row.state is ROUTERS[config.router].state
     require(learned, "router", name, f"{config.router}, the model's own: no other has learned a state here")
 
 
@@ -155,8 +159,8 @@ def initial_state(config: MoEConfig) -> State:
 
 def routing_settings() -> set[str]:
     """What may change whenever weights are used again: the router, and what only routers read."""
-    shapes = {"n_null"}  # for each of which the gate has a row of weights
-    return {"router"}.union(*(row.options for row in ROUTERS.values())) - shapes
+    others = {"n_null", "state"}  # the gate has weights for each null expert; the state is no setting
+    return {"router"}.union(*(row.options for row in ROUTERS.values())) - others
 
 
 SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "relu": torch.relu}
@@ -456,7 +460,9 @@ class MoE(nn.Module):
             scores = scores + self.bias
         if cache is not None:
             return cache.select(scores, context.active)
-        options = self.config.options_of(row) | ({"state": self.router_state()} if row.state else {})
+        options = self.config.options_of(row)
+        if "state" in row.options:
+            options["state"] = self.router_state()
         mask = row.select(scores, self.config.k, **options)
         return mask if context.active is None else mask & context.active.unsqueeze(-1)
 
@@ -493,6 +499,14 @@ class MoE(nn.Module):
         if row.exact:
             return tokens * config.k
         return row.max_pairs(config, tokens, context.pos == 0) if row.max_pairs else None
+
+    def check_promises(self) -> None:
+        """Raise ValueError unless the router does with random scores what its row of ROUTERS promises."""
+        config, row = self.config, ROUTERS[self.config.router]
+        draw = torch.Generator().manual_seed(0)
+        logits = torch.randn(2, 16, len(self.bias), generator=draw).to(self.bias.device)
+        options = config.options_of(row) | ({"state": self.router_state()} if "state" in row.options else {})
+        check_promises(config.router, SCORES[config.score_fn](logits), config.k, **options)
 
     def router_state(self) -> State:
         return dict(self.state.named_buffers())
@@ -648,6 +662,7 @@ class MoEGPT(nn.Module):
         was trained under it. Raises ValueError for any other.
         """
         router = router or ROUTERS[self.config.router].decode
+        require(router in ROUTERS, "router", router, known_routers(router))
         causal = [name for name, row in ROUTERS.items() if row.causal]
         require(router in causal, "router", router, f"causal to decode: {', '.join(causal)}")
         check_router(self.config, router)
@@ -771,7 +786,7 @@ class MoEGPT(nn.Module):
         require(
             tied == old.tie_embeddings, "tie_embeddings", tied, f"{old.tie_embeddings} as in the checkpoint"
         )
-        weights = fit_state(checkpoint, model.state_dict())
+        weights = fit_state(checkpoint, model.config, model.state_dict())
         check_shapes(model.state_dict(), weights, "the checkpoint")
         model.load_state_dict(weights)
         return model
@@ -858,8 +873,9 @@ def check_shapes(here: dict[str, Tensor], there: dict[str, Tensor], where: str |
         require(asked == found, f"{name} in {where}", found, f"{asked} in this architecture")
 
 
-def fit_state(checkpoint: dict, here: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's weights, with the router state that a model has `here`: theirs, or else the initial one.
+def fit_state(checkpoint: dict, config: MoEConfig, here: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's weights, with the router state that a model of `config` has `here`: the checkpoint's if
+    its router has the same state, or else the initial one.
 
     Older checkpoints kept Expert Threshold's cutoffs as a bias of 1 - cutoff, and ReMoE's L1 weight once for
     all layers.
@@ -869,12 +885,14 @@ def fit_state(checkpoint: dict, here: dict[str, Tensor]) -> dict[str, Tensor]:
         for name in [name for name in weights if name.endswith(".mlp.bias")]:
             layer, bias = name.removesuffix("bias"), weights[name]
             weights |= {f"{layer}state.cutoff": 1 - bias, name: torch.zeros_like(bias)}
+            weights[f"{layer}state.k"] = torch.tensor(checkpoint["config"]["k"])
             weights[f"{layer}state.updates"] = torch.tensor(checkpoint.get("step", 0))
     state = {name: tensor for name, tensor in here.items() if ".state." in name}
     if "l1_coef" in checkpoint:
         state |= {name: checkpoint["l1_coef"] for name in state if name.endswith(".l1_coef")}
-    learned = {name: tensor for name, tensor in weights.items() if ".state." not in name or name in state}
-    return state | learned
+    same = router in ROUTERS and ROUTERS[router].state is ROUTERS[config.router].state
+    kept = {name: tensor for name, tensor in weights.items() if same or ".state." not in name}
+    return state | kept
 
 
 FORMAT = "seqtopk checkpoint 1"

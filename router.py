@@ -20,12 +20,14 @@ Source: "Route Experts by Sequence, not by Token", arXiv 2511.06494, unless anot
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from config import require
 
 State = dict[str, Tensor]  # what a router has learned in one layer, by name
 
@@ -172,15 +174,15 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
         half = 1 << bit
         is_zero = rank & half == 0
         zeros = F.pad(is_zero.cumsum(-1), (1, 0))  # (B, n+1): how many of the first i have a 0
-        before_group = answer // 2  # zeros before the query's group: half of each full group
-        zeros_in_prefix = zeros.gather(-1, answer + length) - before_group
+        zeros_before_group = answer // 2  # every group before the query's is full: half of its ranks
+        zeros_in_prefix = zeros.gather(-1, answer + length) - zeros_before_group
         is_one = nth >= zeros_in_prefix
         nth = torch.where(is_one, nth - zeros_in_prefix, nth)
         length = torch.where(is_one, length - zeros_in_prefix, zeros_in_prefix)
         answer = answer + half * is_one
-        group = place & -(2 * half)  # where the group of each place begins
-        zeros_in_group = zeros[:, :-1] - group // 2
-        new_place = torch.where(is_zero, group + zeros_in_group, place + half - zeros_in_group)
+        group_start = place & -(2 * half)  # of the group that each place is in
+        zeros_before = zeros[:, :-1] - group_start // 2  # in the group, before the place
+        new_place = torch.where(is_zero, group_start + zeros_before, place + half - zeros_before)
         rank = torch.empty_like(rank).scatter_(-1, new_place, rank)
     return answer
 
@@ -339,7 +341,7 @@ class Router(NamedTuple):
     """A row of ROUTERS: the function, and what the model and a reader of its losses must know about it.
 
     A router that learns or adapts has a `state`: buffers of each layer, saved and resumed with the weights.
-    Its select gets them as `state`; `loss` and `update`, both optional, may use them:
+    Its select gets them if "state" is among its options; `loss` and `update` are optional:
 
         state(config) -> dict of tensors
         loss(routing, state, config) -> scalar, added to the training loss as the mean over layers
@@ -354,7 +356,7 @@ class Router(NamedTuple):
     causal: bool  # a token's row depends on its own past and present only
     exact: bool  # spends exactly B*T*k pairs, so every tensor behind it has a static shape
     decode: str  # the causal router that stands in when text is generated or a likelihood is reported
-    options: tuple[str, ...] = ()  # settings of the config that it takes besides k, and nobody else reads
+    options: tuple[str, ...] = ()  # settings that it takes besides k, and nobody else reads; or "state"
     cache: type[ExpertCache] | None = None  # what decoding must remember; takes the same options
     needs: dict[str, object] = {}  # settings that must have these values for it to work  # noqa: RUF012
     takes_bias: bool = True  # it selects by scores to which the loss-free bias is added
@@ -488,7 +490,8 @@ def expert_threshold(scores: Tensor, k: int, state: State) -> Tensor:
 
 
 def cutoff_state(config) -> State:
-    return {"cutoff": torch.ones(config.n_expert), "updates": torch.zeros((), dtype=torch.int64)}
+    zero = torch.zeros((), dtype=torch.int64)
+    return {"cutoff": torch.ones(config.n_expert), "k": zero, "updates": zero.clone()}
 
 
 def update_cutoff(state: State, routing: Routing, config) -> State:
@@ -501,8 +504,10 @@ def update_cutoff(state: State, routing: Routing, config) -> State:
     tokens = routing.scores.flatten(1, 2)  # (L, S, E)
     _, S, E = tokens.shape
     newest = tokens.kthvalue(S + 1 - max(1, S * config.k // E), dim=1).values  # (L, E)
-    weight = (10 / (state["updates"] + 10)).clamp(min=0.001).unsqueeze(-1)  # (L, 1)
-    return {"cutoff": state["cutoff"].lerp(newest, weight), "updates": state["updates"] + 1}
+    updates = torch.where(state["k"] == config.k, state["updates"], 0)  # another k begins a new average
+    weight = (10 / (updates + 10)).clamp(min=0.001).unsqueeze(-1)  # (L, 1)
+    k = torch.full_like(state["k"], config.k)
+    return {"cutoff": state["cutoff"].lerp(newest, weight), "k": k, "updates": updates + 1}
 
 
 ROUTERS["expert_threshold"] = Router(
@@ -510,6 +515,7 @@ ROUTERS["expert_threshold"] = Router(
     causal=True,
     exact=False,
     decode="expert_threshold",
+    options=("state",),
     needs={"score_fn": "sigmoid"},
     takes_bias=False,
     state=cutoff_state,
@@ -517,7 +523,7 @@ ROUTERS["expert_threshold"] = Router(
 )
 
 
-def remoe(scores: Tensor, k: int, state: State) -> Tensor:
+def remoe(scores: Tensor, k: int) -> Tensor:
     """Every token takes the experts whose ReLU is not 0 (ReMoE, arXiv 2412.14711).
 
     `l1_loss`, its weight moved by `update_l1_coef`, keeps them at k on average.
@@ -611,6 +617,40 @@ def loss_free_update(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
 
 # -------------------- checks ------------------------------------------------------------------------------
+
+
+def check_row(name: str, settings: Iterable[str]) -> None:
+    """Raise ValueError for a row of ROUTERS that cannot be right. settings: the names that a config has."""
+    row, who = ROUTERS[name], f"router {name}"
+    require(isinstance(row, Router), f"the row of {who}", type(row).__name__, "a router.Router")
+    stand_in = ROUTERS.get(row.decode)
+    require(
+        stand_in is not None and stand_in.causal, f"decode of {who}", row.decode, "a causal router's name"
+    )
+    learned = "state" not in stand_in.options or stand_in.state is row.state
+    require(learned, f"decode of {who}", row.decode, f"a router without a state, or with that of {name}")
+    for option in row.options:
+        require(
+            option in (*settings, "state"), f"an option of {who}", option, "a field of MoEConfig, or state"
+        )
+
+
+def check_promises(name: str, scores: Tensor, k: int, **options) -> None:
+    """Raise ValueError unless the router of that name does with scores (B, T, E) what its row promises."""
+    row, who = ROUTERS[name], f"router {name}"
+    mask, shape = row.select(scores, k, **options), tuple(scores.shape)
+    is_tensor = isinstance(mask, Tensor)
+    right = is_tensor and mask.dtype == torch.bool and mask.shape == scores.shape
+    found = f"{mask.dtype} {tuple(mask.shape)}" if is_tensor else type(mask).__name__
+    require(right, f"what {who} returns", found, f"torch.bool {shape}, as the scores")
+    B, T, _ = shape
+    pairs = int(mask.sum())
+    require(not row.exact or pairs == B * T * k, f"{who} is exact, its pairs", pairs, f"B*T*k = {B * T * k}")
+    past = row.select(scores[:, : T // 2], k, **options)
+    sees_later = not torch.equal(past, mask[:, : T // 2])
+    require(
+        not (row.causal and sees_later), f"causal of {who}", True, "False: it sees tokens that come later"
+    )
 
 
 def check_bounds(n_expert: int, k: int, min_experts: int = 0, max_experts: int | None = None) -> int:

@@ -77,7 +77,8 @@ class SampleConfig:
         for name in ("num_samples", "max_new_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
-        require(self.svg is None or self.svg != self.html, "svg", self.svg, "another file than html")
+        same = self.svg and self.html and Path(self.svg).resolve() == Path(self.html).resolve()
+        require(not same, "svg", self.svg, "another file than html")
 
 
 @dataclass

@@ -15,6 +15,7 @@ that trains.
 import itertools
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -114,6 +115,8 @@ class TrainConfig(MoEConfig):
             return
         require(first in ROUTERS, "first_router", first, known_routers(first))
         check_router(self, first)
+        learns, own = ROUTERS[first].state, ROUTERS[self.router].state
+        require(learns in (None, own), "first_router", first, "one without a state, or with the router's own")
 
     @property
     def tokens_per_iter(self) -> int:
@@ -266,6 +269,8 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     run = Run(config, dataset, device, dtype, model, model, make_optimizer(model, config), scaler)
     if config.init_from == "resume":
         run.restore(checkpoint)
+    for layer in model.expert_layers()[:1]:
+        layer.check_promises()
     if compiled:
         compile_or_explain(run)
     return run
@@ -644,7 +649,7 @@ def train(run: Run) -> bool:
             meter.read(run)
             if run.save("last.pt"):
                 tqdm.write(f"\nsaved iteration {run.step}; go on with:")
-                tqdm.write(f"  python train.py --init_from=resume --out_dir={shlex.quote(config.out_dir)}")
+                tqdm.write(f"  {command('train.py', config, '--init_from=resume')}")
         elif run.step != run.evaluated:
             evaluate_and_save(run, meter)
         return finished
@@ -668,6 +673,13 @@ def prepare_out_dir(config: TrainConfig) -> None:
     except OSError as error:
         why = f"cannot be written ({error.strerror})"
         raise ValueError(f"out_dir {folder} {why}: give another --out_dir") from error
+
+
+def command(script: str, config: TrainConfig, option: str) -> str:
+    """What a user types to go on with this run; it names the file that defines a router of the user's own."""
+    module = getattr(ROUTERS[config.router].select, "__module__", "")  # of a config file: its path
+    own = [os.path.relpath(module)] if module.endswith(".py") else []
+    return shlex.join(["python", script, *own, f"--out_dir={config.out_dir}", option])
 
 
 def describe(run: Run) -> str:
@@ -730,7 +742,7 @@ def main(argv: list[str]) -> None:
         finished = train(run)
         if finished and config.sample_tokens:
             print_sample(run)
-            print(f"--- more: python sample.py --out_dir={config.out_dir} --show_experts")
+            print(f"--- more: {command('sample.py', config, '--show_experts')}")
     except torch.OutOfMemoryError:
         remedy = f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps as much"
         print(f"error: the GPU's memory is too small: {remedy}", file=sys.stderr)

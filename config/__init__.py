@@ -36,6 +36,7 @@ ALLOWED = {
     "str": "text",
 }
 PLAIN = (int, float, str, bool, type(None))  # what a setting can be
+HINT = "; a file's own names start with _, and a router that sample.py is to know has a file of its own"
 
 
 def parse(argv: list[str], cls: type) -> tuple[dict[str, Any], list[Path]]:
@@ -60,16 +61,20 @@ def parse(argv: list[str], cls: type) -> tuple[dict[str, Any], list[Path]]:
 
 
 def read_file(name: str | Path) -> dict[str, Any]:
-    """What a config file assigns, unchecked. ValueError, one line, for a file that is missing or fails."""
+    """What a config file assigns, unchecked, without its functions, classes and modules.
+
+    ValueError, one line, for a file that is missing or fails.
+    """
     path = _config_path(str(name))
-    module = ModuleType(str(path))
+    module = ModuleType(str(path.resolve()))
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # torch.compile looks there for what a router of the file uses
     try:
         exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except (Exception, SystemExit) as err:
         raise ValueError(f"config file {path} fails with {type(err).__name__}: {err}") from err
-    return {k: v for k, v in vars(module).items() if not (k.startswith("_") or isinstance(v, ModuleType))}
+    assigned = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+    return {k: v for k, v in assigned.items() if not (callable(v) or isinstance(v, ModuleType))}
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -137,7 +142,7 @@ def _file_settings(name: str, types: dict[str, str]) -> dict[str, Any]:
     for key, value in read_file(name).items():
         if key not in types and not isinstance(value, PLAIN):
             continue
-        _check_known(key, types, f"in {name}", "; a name of the file's own starts with _")
+        _check_known(key, types, f"in {name}", HINT)
         with _naming(f"{key} = {value!r} in {name}", types[key]):
             settings[key] = _checked(value, types[key])
     return settings
