@@ -4,20 +4,19 @@ python experiments/report.py table [FILE ...]   all rows of these files (none: o
 python experiments/report.py figures            the figures of README.md, from results/*.json
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experiments.lab import mean_and_error
+
 from config import bad_input_exits, require
 from config.results import RESULTS, lines_of, markdown, read_report, require_matplotlib
-from experiments.lab import mean_and_error
 
 if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
     from matplotlib.axes import Axes

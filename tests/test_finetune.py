@@ -12,11 +12,12 @@ import pytest
 import torch
 from runs import ROOT, RUN, SHAPE, assert_same, error_line, flags
 
+from experiments import gsm8k, lab, solve, switch
+
 import data
 import train
 from data.arithmetic.prepare import prompt_of
 from data.gsm8k import prepare
-from experiments import gsm8k, lab, solve, switch
 from model import Chunk, MoE, MoEGPT, load_checkpoint
 from train import RoundingAdamW, TrainConfig, round_at_random
 
