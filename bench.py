@@ -519,12 +519,8 @@ def make_olmoe(shape: MoEConfig) -> torch.nn.Module:
 
 
 PARTS = {
-    "router": bench_router,
-    "layer": bench_layer,
-    "train": bench_train,
-    "decode": bench_decode,
-    "cache": bench_cache,
-    "peers": bench_peers,
+    part.__name__.removeprefix("bench_"): part
+    for part in (bench_router, bench_layer, bench_train, bench_decode, bench_cache, bench_peers)
 }
 
 

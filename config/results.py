@@ -130,9 +130,7 @@ def measure(machine: Machine, parts: dict[str, tuple[str, Callable]]) -> dict:
 
 def describe(machine: Machine) -> dict:
     """Where the figures come from."""
-    versions = {"python": platform.python_version()}
-    for name in filter(importlib.util.find_spec, ("torch", "transformers")):
-        versions[name] = importlib.metadata.version(name)
+    packages = filter(importlib.util.find_spec, ("torch", "transformers"))
     try:
         git = ["git", "-C", str(HOME), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -146,7 +144,8 @@ def describe(machine: Machine) -> dict:
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),  # of other work, at the start: with any, expect noise
-        "versions": versions,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
         "commit": commit,
         "seed": machine.config.seed,
     }

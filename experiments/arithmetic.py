@@ -27,11 +27,12 @@ def answer(lab: Lab) -> list[dict]:
     model, tokenizer, folder = solve.open_model(lab, "out/arithmetic_seqtopk", config.k)
     problems = solve.test_problems(data.load("arithmetic").folder, config.problems)
     solved = solve.solve(model, tokenizer, problems, config.router, config.batch_size)
-    by_level: dict[int | str, list] = {}
-    for level in [*sorted({problem["level"] for problem in problems}), "all"]:
-        by_level[level] = [s for p, s in zip(problems, solved) if level in ("all", p["level"])]
     name = f"{folder}, router {config.router or ROUTERS[model.config.router].decode}"
-    return [solve.score(f"level {level}, {name}", found) for level, found in by_level.items()]
+    rows = []
+    for level in sorted({problem["level"] for problem in problems}):
+        of_level = [found for problem, found in zip(problems, solved) if problem["level"] == level]
+        rows.append(solve.score(f"level {level}, {name}", of_level))
+    return [*rows, solve.score(f"level all, {name}", solved)]
 
 
 if __name__ == "__main__":

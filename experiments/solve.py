@@ -67,11 +67,9 @@ def with_k(model: MoEGPT, k: int) -> MoEGPT:
 
 def test_problems(folder: Path, per_level: int) -> list[dict]:
     """The first `per_level` test problems of each level of the arithmetic in a folder, level by level."""
-    levels: dict[int, list[dict]] = {}
-    for line in (folder / "test.jsonl").read_text().splitlines():
-        problem = json.loads(line)
-        levels.setdefault(problem["level"], []).append(problem)
-    return [problem for level in sorted(levels) for problem in levels[level][:per_level]]
+    problems = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    by_level = [[p for p in problems if p["level"] == n] for n in sorted({p["level"] for p in problems})]
+    return [problem for level in by_level for problem in level[:per_level]]
 
 
 def solve(

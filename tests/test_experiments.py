@@ -854,6 +854,14 @@ def test_bad_input_is_one_line(module, options, argv, words, capsys, monkeypatch
     assert all(word in error for word in words)
 
 
+def test_a_question_is_a_script(tmp_path):
+    """Started by its path, from any folder, it finds what it imports: its neighbours and the folder above."""
+    script = results.HOME / "experiments" / "arithmetic.py"
+    command = [sys.executable, str(script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and arithmetic.__doc__.strip() in done.stdout, done.stderr
+
+
 # -------- problems and their answers
 
 SIZES = {"n_embd": 16, "n_hidden": 8, "n_expert": 8, "k": 2, "n_head": 2, "n_layer": 2}
