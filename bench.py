@@ -37,7 +37,7 @@ from config.device import give_back_freed_memory, keep_freed_memory
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
 
-PLAIN = [name for name, row in ROUTERS.items() if row.exact or row.max_pairs]  # whose shapes are static
+BOUNDED = [name for name, row in ROUTERS.items() if row.exact or row.max_pairs]  # their shapes are static
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # so many steps of an Expert Cache merge its buffers once
 INIT_STD = 0.02  # of the model's random weights
@@ -172,7 +172,7 @@ def bench_router(bench: Bench) -> list[dict]:
     size = bench.sized(batch_size=8, tokens=1024, n_expert=64, k=8)
     B, T = size.batch_size, size.tokens
     scores = bench.scores(B, T, size.n_expert)
-    calls = {f"{name}, B={B}, T={T}": partial(ROUTERS[name].select, scores, size.k) for name in PLAIN}
+    calls = {f"{name}, B={B}, T={T}": partial(ROUTERS[name].select, scores, size.k) for name in BOUNDED}
     rows = router_rows(bench, calls, "topk", [B * T] * len(calls))
     lengths = [max(1, T // 4) * 2**i for i in range(6)]
     scores = bench.scores(1, lengths[-1], size.n_expert)
@@ -258,7 +258,7 @@ def bench_train(bench: Bench) -> list[dict]:
     size = bench.sized(batch_size=64 if bench.gpu else 4, tokens=model.config.block_size)
     text = bench.text(model.config.vocab_size, size.batch_size, size.tokens + 1)
     step = train_step(model, bench.compiled(model), text, bench.dtype)
-    times = bench.interleave({name: partial(step, name) for name in PLAIN}, 25)
+    times = bench.interleave({name: partial(step, name) for name in BOUNDED}, 25)
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
     peaks = {} if bench.dtype == torch.float32 else PEAKS
     peak_flops = next((peak for name, peak in peaks.items() if name in bench.name), None)

@@ -96,10 +96,10 @@ class Machine:
 
 
 def measure(machine: Machine, parts: dict[str, tuple[str, Callable]]) -> dict:
-    """Explain, measure and print each part: name -> its explanation and function. All that is kept of it.
+    """Explain, measure and print each part, and return all that --json keeps.
 
-    A part that fails leaves the others; if it is the only one, a ValueError is the caller's. Ctrl-C ends
-    measuring, and what has been measured is kept.
+    parts: name -> explanation, function. Where a part fails, the others go on; a ValueError of the only part
+    is raised. Ctrl-C ends measuring, and what has been measured is returned.
     """
     report = describe(machine)
     print(", ".join(f"{key} {report[key]}" for key in ("machine", "dtype", "compile", "versions", "load")))
@@ -242,7 +242,10 @@ def is_ratio(key: str) -> bool:
 
 
 def readme_table(folder: Path) -> str:
-    """Markdown: what was aimed at, and what each machine in `folder` gave. Raises ValueError if none did."""
+    """Markdown: each ratio with an aim or a figure of the paper, and what it is on the machines in `folder`.
+
+    Raises ValueError where none is.
+    """
     table: dict[tuple, dict[str, str]] = {}
     for path in sorted(folder.glob("*.json")):
         report = read_report(path)

@@ -49,21 +49,19 @@ def answer(lab: Lab) -> list[dict]:
     prompts = [before + prompt_of(problem.prompt) for problem in problems]
     router = config.router or ROUTERS[model.config.router].decode
     name = f"gsm8k-{router}-{config.shots}shot-{identity(model, lab.dtype, router, before)}.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    done = read_answers(folder / name)
-    todo = sorted({p for p in prompts if p not in done}, key=len)  # of like lengths: little padding
+    answers = read_answers(folder / name)
+    todo = sorted({p for p in prompts if p not in answers}, key=len)  # of like lengths: little padding
     for start in tqdm(range(0, len(todo), config.batch_size), unit="batch", disable=None):
         some = todo[start : start + config.batch_size]
-        new = dict(zip(some, solve.answer(model, tokenizer, some, ANSWER_TOKENS, router)))
+        new = dict(zip(some, solve.answer_prompts(model, tokenizer, some, ANSWER_TOKENS, router)))
         append_answers(folder / name, new)
-        done |= new
+        answers |= new
     solved = []
-    for prompt, problem in zip(prompts, problems, strict=True):
-        text, experts = done[prompt]
+    for prompt, problem in zip(prompts, problems):
+        text, experts = answers[prompt]
         own_text = text.partition("\nQuestion:")[0]  # a model may go on with a question of its own
         solved.append((is_correct(own_text, result_of(problem.answer)), experts))
-    what = f"{folder}, K={model.config.k}, router {router}, {config.shots} examples"
-    return [solve.score(what, solved)]
+    return [solve.score(f"{folder}, K={model.config.k}, router {router}, {config.shots} examples", solved)]
 
 
 def read_test(path: Path) -> list[Pair]:
@@ -104,6 +102,7 @@ def read_answers(path: Path) -> dict[str, tuple[str, float]]:
 
 
 def append_answers(path: Path, new: dict[str, tuple[str, float]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         for prompt, (text, experts) in new.items():
             file.write("\n" + json.dumps({"prompt": prompt, "text": text, "experts": experts}))

@@ -84,12 +84,12 @@ def solve(
     for start in tqdm(range(0, len(problems), batch_size), unit="batch", disable=None):
         some = problems[start : start + batch_size]
         room = 32 + max(len(tokenizer.encode(problem["answer"])) for problem in some)
-        answers = answer(model, tokenizer, [prompt_of(p["question"]) for p in some], room, router)
+        answers = answer_prompts(model, tokenizer, [prompt_of(p["question"]) for p in some], room, router)
         solved += [(is_correct(text, p["result"]), experts) for (text, experts), p in zip(answers, some)]
     return solved
 
 
-def answer(
+def answer_prompts(
     model: MoEGPT, tokenizer: AnyTokenizer, prompts: list[str], room: int, router: str | None
 ) -> list[tuple[str, float]]:
     """Of each prompt, the greedy continuation, and the mean experts per token of both.
@@ -113,7 +113,7 @@ def answer(
 
 
 def continuations(tokenizer: AnyTokenizer, chunks: list[Chunk]) -> list[str]:
-    """Texts of what was generated after the prompt, which is the first of the chunks."""
+    """What was written after each prompt; the prompts are the first of the chunks."""
     if len(chunks) == 1:
         return [""] * len(chunks[0].tokens)
     tokens, real = (torch.cat([getattr(c, name) for c in chunks[1:]], dim=1) for name in ("tokens", "active"))

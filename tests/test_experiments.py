@@ -549,7 +549,7 @@ def test_figures_have_the_exact_match(ask, own, monkeypatch):
     answers = {prompt_of(f"{n}?"): (f"#### {3 if n == 1 else n}\n", 2) for n in range(4)}
     monkeypatch.setattr(lab, "PROBLEMS", 2)
     monkeypatch.setattr(
-        solve, "answer", lambda model, tokenizer, prompts, *rest: [answers[p] for p in prompts]
+        solve, "answer_prompts", lambda model, tokenizer, prompts, *rest: [answers[p] for p in prompts]
     )
     (found,) = lab.compare(here, lab.router_arms(["topk"], 2))
     assert found["exact match"] == [0.75, None]
