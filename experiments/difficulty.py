@@ -1,10 +1,11 @@
 """Do hard tokens get more experts?
 
-That is the idea of SeqTopK, though the paper finds "the" among the tokens with the most. "rho": Spearman's
-rank correlation, over the tokens of the validation text, of a token's experts (mean over layers) with the
-entropy, and with the loss, of the prediction made there. Then the experts and the loss of some kinds of
-tokens: in arithmetic, of what is read and of what is predicted; in other text, of the tokens, read at least
-50 times, that get the most and the fewest experts under each router.
+That is the idea of SeqTopK; a reviewer of the paper found "the" among the tokens with the most. "rho":
+Spearman's rank correlation, over the tokens of the validation text, of a token's experts (mean over layers)
+with the entropy of the prediction made there, and with its loss. Then experts and loss by kind of token. In
+arithmetic: the parts of a problem, where they are read and where they are predicted. In other text: of the
+tokens that are read at least 50 times, those that get the most experts under each router, and those that get
+the fewest.
 """
 
 import itertools

@@ -1,8 +1,8 @@
 """Is a rule without a bound set by hand as good as a fixed bound?
 
-The paper leaves it open how to do without max_experts. seqtopk_discount has no bound: it divides a token's
-scores by their rank, so that each further expert must be better. It is compared, like other bounds, to
-SeqTopK with the default of K + 2. To train or sample with it, name this file:
+The paper leaves open how to choose max_experts. seqtopk_discount has no bound: it divides a token's scores by
+their rank, so that each further expert must be better. It is compared, like other bounds, to SeqTopK with the
+default of K + 2. To train or sample with it, name this file:
 
     python train.py config/tiny_topk.py experiments/discount.py --router=seqtopk_discount
 """

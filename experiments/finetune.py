@@ -1,9 +1,9 @@
 """Is a TopK checkpoint better when it is trained on with SeqTopK than with TopK?
 
-The paper says yes, of pretrained models that it tunes for about 100 iterations. Here a TopK run goes on for
-100 iterations (--quick: 25) with other batches, under TopK, SeqTopK and online SeqTopK; the last two are
-compared to the first. The first two rows are the checkpoint itself without any tuning, decoded by TopK and by
-online SeqTopK.
+In the paper OLMoE's mean over five tasks is 29.74 under TopK and 31.49 under SeqTopK, tuned for about 100
+iterations. Here a TopK run goes on for 100 iterations (--quick: 25) with other batches, under TopK, SeqTopK
+and online SeqTopK; the last two are compared to the first. The first two rows are the checkpoint itself
+without any tuning, decoded by TopK and by online SeqTopK.
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,7 @@
 The paper leaves it open. "gap" is the loss less that under SeqTopK of the same weights. With a prior of n0
 tokens a text begins as if after n0 usual ones: quantiles of the scores that the trained model gives to
 training text. Rows are compared to n0=0, which is online SeqTopK; the largest n0 is nearly a fixed threshold.
-The last two rows were trained on, under SeqTopK and under online SeqTopK, and are compared to the first.
+In the last two rows the runs go on, under SeqTopK and under online SeqTopK, which is compared to SeqTopK.
 """
 
 from collections.abc import Iterator

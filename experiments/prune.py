@@ -1,8 +1,8 @@
 """Can the least used experts be dropped, and is that easier under SeqTopK?
 
-The paper leaves it open. After training, the quarter of each layer's experts that get the fewest tokens, of
-the training text and under the router that decodes, is never chosen again. Each row is compared to the whole
-model.
+The paper leaves open how SeqTopK goes with pruning. Here, after training, the quarter of each layer's experts
+that get the fewest tokens is never chosen again; they are counted on the training text, under the router that
+decodes. Each row is compared to the whole model.
 """
 
 import copy

@@ -2,7 +2,8 @@
 
 All have the same config, data order, initial weights and budget k, and each the auxiliary losses of its own
 paper. Each row is compared to the first router with the same k. "loss_free" is TopK with the loss-free bias;
-"dense" has no experts, and other initial weights. The paper says that SeqTopK beats TopK.
+"dense" has no experts, and other initial weights. In SeqTopK's paper a model of 182M parameters, trained from
+scratch, has a mean over four tasks of 40.25 under SeqTopK and 38.51 under TopK.
 """
 
 from dataclasses import dataclass

@@ -2,9 +2,10 @@
 
     python experiments/switch.py --init_from=allenai/OLMoE-1B-7B-0924 --text=FILE
 
-TopK, SeqTopK and online SeqTopK at K = 8, 4 and 2, on a text of yours. The paper tunes before it measures;
-this is where tuning begins. SeqTopK sees tokens that come later, so its loss is no likelihood of the text;
-that of online SeqTopK, which sees none, is what a user of the model would get.
+The paper's OLMoE loses little: without tuning, its mean over five tasks is 29.74 under TopK and 29.34 under
+online SeqTopK. Here it is the loss on a text of yours, under TopK, SeqTopK and online SeqTopK at K = 8, 4 and
+2. SeqTopK sees tokens that come later, so its loss is no likelihood of the text. That of online SeqTopK,
+which sees none, is what a user of the model would get.
 """
 
 from dataclasses import dataclass
