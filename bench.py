@@ -202,19 +202,18 @@ def bench_layer(bench: Bench) -> list[dict]:
     x = torch.randn(size.batch_size, size.tokens, size.n_embd).to(bench.device, bench.dtype).requires_grad_()
     matrix = torch.randn(size.n_embd, 3 * size.k * size.n_hidden).to(x)
     flops = 2 * x[..., 0].numel() * matrix.numel()
-    layers = make_layers(bench, size)
+    layers, modules = make_layers(bench, size)
     what = f"C={size.n_embd}, H={size.n_hidden}, E={size.n_expert}, K={size.k}, S={x[..., 0].numel()}"
 
     def forward(kind: str) -> Tensor:
-        return layers[kind][0](x)
+        return layers[kind](x)
 
     def both(kind: str) -> None:
         forward(kind).backward(x.detach())
 
     def clear_gradients(kind: str) -> None:
         x.grad = None
-        if kind in layers:
-            layers[kind][1].zero_grad()
+        modules.zero_grad()
 
     rows = []
     for label, run, products in (("forward", forward, 1), ("forward+backward", both, 3)):
@@ -231,20 +230,20 @@ def bench_layer(bench: Bench) -> list[dict]:
     return rows
 
 
-def make_layers(bench: Bench, size: SimpleNamespace) -> dict[str, tuple[Callable, torch.nn.Module]]:
-    """Name -> a function of x, and its module: the dense layer, and the experts under three routers."""
+def make_layers(bench: Bench, size: SimpleNamespace) -> tuple[dict[str, Callable], torch.nn.ModuleList]:
+    """Functions of x by name: a dense layer, and experts under three routers; and the modules of both."""
     shape = {"n_head": 1, "n_embd": size.n_embd, "n_hidden": size.n_hidden, "n_expert": size.n_expert}
     dense, experts = MLP(size.n_embd, size.k * size.n_hidden), MoE(MoEConfig(**shape, k=size.k))
-    for module in (dense, experts):
-        for parameter in module.to(bench.device, bench.dtype).parameters():
-            torch.nn.init.normal_(parameter, std=INIT_STD)
+    modules = torch.nn.ModuleList([dense, experts]).to(bench.device, bench.dtype)
+    for parameter in modules.parameters():
+        torch.nn.init.normal_(parameter, std=INIT_STD)
 
     def through(router: str) -> Callable:
         context = Context(ROUTERS[router], None, None, None, 0)
         return bench.compiled(lambda x: experts(x, context, None)[0])
 
-    routed = {name: (through(name), experts) for name in ("topk", "seqtopk", "online_seqtopk")}
-    return {"dense": (bench.compiled(dense), dense), **routed}
+    routed = {name: through(name) for name in ("topk", "seqtopk", "online_seqtopk")}
+    return {"dense": bench.compiled(dense), **routed}, modules
 
 
 def bench_train(bench: Bench) -> list[dict]:

@@ -53,8 +53,8 @@ class Options:
         if "--help" in argv or "-h" in argv:
             print(about + "\n")
         options = cls(**parse(argv, cls)[0])
-        for path in filter(None, (options.json, getattr(options, "plot", None))):
-            check_writable(Path(path))
+        for name in filter(None, (options.json, getattr(options, "plot", None))):
+            check_writable(Path(name))
         return options
 
 
