@@ -5,9 +5,9 @@
     python bench.py --json=experiments/results/laptop.json --plot=laptop.png
     python bench.py table                                the table of README.md, from experiments/results
 
-What is compared is run as A B A B ..., and a ratio is the median over these pairs, with the quartiles behind
-it: what slows the machine for a while slows both. `time/x` is the time as a multiple of x's, so less is
-better; `speed/x` is its inverse. Every run ends with one line of JSON, which --json keeps.
+What is compared takes turns, A B A B ..., so that what slows the machine for a while slows both. A ratio is
+the median over these pairs, with its quartiles. `time/x` is the time as a multiple of x's, so less is better;
+`speed/x` is its inverse. Every run ends with one line of JSON, which --json keeps.
 """
 
 import copy
@@ -32,14 +32,14 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from config import bad_input_exits, parse, require, results
+from config import bad_input_exits, require, results
 from config.device import give_back_freed_memory, keep_freed_memory
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
 
-PLAIN = [name for name, row in ROUTERS.items() if row.exact or row.max_pairs]  # whose shapes are static
+BOUNDED = [name for name, row in ROUTERS.items() if row.exact or row.max_pairs]  # their shapes are static
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-CYCLE = ExpertCache.RECENT + 1  # steps of an Expert Cache, one of which merges its buffers
+CYCLE = ExpertCache.RECENT + 1  # so many steps of an Expert Cache merge its buffers once
 INIT_STD = 0.02  # of the model's random weights
 OLMOE = MoEConfig(50304, 4096, n_layer=16, n_head=16, n_embd=2048, n_hidden=1024, n_expert=64, k=8)
 SHAPES = {  # besides those of config/NAME_topk.py
@@ -69,18 +69,21 @@ class BenchOptions(results.Options):
     plot: str | None = None  # file to draw the ratios to; needs matplotlib
     compile: str = "auto"  # torch.compile in layer, train and peers: auto, true or false
 
-    may_be_0 = ("seed", "effort")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plot:
+            results.require_matplotlib("plot")
 
 
 class Bench(results.Machine):
-    """A machine, what is measured on it, and the clock."""
+    """A machine, what it computes in a measurement, and the clock."""
 
     def sized(self, **sizes: int) -> SimpleNamespace:
-        """These sizes, but for those that were given."""
+        """These sizes, except where the options give others."""
         return SimpleNamespace(**{name: getattr(self.config, name) or size for name, size in sizes.items()})
 
     def shape(self, name: str) -> MoEConfig:
-        """The architecture of that name, but for the sizes that were given. Raises ValueError for others."""
+        """The architecture of that name, with the options' sizes. Raises ValueError for other names."""
         path = results.HOME / "config" / f"{name}_topk.py"
         known = name in SHAPES or path.is_file()
         require(known, "shape", name, f"{', '.join(SHAPES)}, or the NAME of a config/NAME_topk.py")
@@ -93,7 +96,7 @@ class Bench(results.Machine):
         return torch.compile(function, fullgraph=fullgraph) if self.compile else function
 
     def text(self, vocab_size: int, batch_size: int, tokens: int) -> Tensor:
-        """Token ids (batch_size, tokens), as uneven as words (Zipf's law), so that the experts' load is."""
+        """Token ids (batch_size, tokens), as uneven as words (Zipf's law): so is then the experts' load."""
         frequency = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float32)
         return frequency.expand(batch_size, -1).multinomial(tokens, replacement=True).to(self.device)
 
@@ -118,10 +121,10 @@ class Bench(results.Machine):
     def interleave(
         self, calls: dict, seconds: float, before: Callable | None = None, clock: Callable | None = None
     ) -> dict:
-        """Name -> seconds that the call took in each round A B A B ..., until the time is over.
+        """Name -> seconds that the call took in each round A B A B ..., until `seconds` are over.
 
-        Rounds come after a warm-up. before(name), not timed, prepares each call; clock(call) makes it and
-        tells the seconds (None: self.seconds).
+        A warm-up comes first. before(name), not timed, prepares each call; clock(call) makes it and returns
+        its seconds (None: self.seconds).
         """
         times = {name: [] for name in calls}
         warm_up = 3 if self.gpu else 1
@@ -169,86 +172,84 @@ def bench_router(bench: Bench) -> list[dict]:
     size = bench.sized(batch_size=8, tokens=1024, n_expert=64, k=8)
     B, T = size.batch_size, size.tokens
     scores = bench.scores(B, T, size.n_expert)
-    times = bench.interleave({name: partial(ROUTERS[name].select, scores, size.k) for name in PLAIN}, 6)
-    rows = [router_row(f"{name}, B={B}, T={T}", times, name, "topk", B * T) for name in times]
+    calls = {f"{name}, B={B}, T={T}": partial(ROUTERS[name].select, scores, size.k) for name in BOUNDED}
+    rows = router_rows(bench, calls, "topk", [B * T] * len(calls))
     lengths = [max(1, T // 4) * 2**i for i in range(6)]
     scores = bench.scores(1, lengths[-1], size.n_expert)
-    calls = {f"T={n}": partial(online_seqtopk, scores[:, :n], size.k) for n in lengths}
+    calls = {f"online_seqtopk, B=1, T={n}": partial(online_seqtopk, scores[:, :n], size.k) for n in lengths}
+    return rows + router_rows(bench, calls, f"T={lengths[0]}", lengths)
+
+
+def router_rows(bench: Bench, calls: dict[str, Callable], base: str, tokens: list[int]) -> list[dict]:
+    """A row for each call, which routes so many tokens, compared to the first, which is called `base`."""
     times = bench.interleave(calls, 6)
-    base = f"T={lengths[0]}"
-    return rows + [
-        router_row(f"online_seqtopk, B=1, {name}", times, name, base, n) for name, n in zip(times, lengths)
-    ]
-
-
-def router_row(what: str, times: dict, name: str, base: str, tokens: int) -> dict:
-    seconds = median(times[name])
-    row = {"what": what, "ms": seconds * 1e3, "us per token": seconds / tokens * 1e6}
-    return row | {f"time/{base}": ratio(times[name], times[base])}
+    first = next(iter(times.values()))
+    rows = []
+    for (what, taken), n in zip(times.items(), tokens):
+        row = {"what": what, "ms": median(taken) * 1e3, "us per token": median(taken) / n * 1e6}
+        rows.append(row | {f"time/{base}": ratio(taken, first)})
+    return rows
 
 
 def bench_layer(bench: Bench) -> list[dict]:
     """A layer of experts against a dense layer of equal active FLOPs (k*H wide), both wholly in one dtype.
 
     What routing, sorting the pairs and uneven groups cost. "of matmul": the speed as a share of that of plain
-    matrix products of as many FLOPs in all, the most that this machine could give.
+    matrix products with as many FLOPs, the most that this machine could give.
     """
     batch_size, width, hidden = (64, 1024, 1024) if bench.gpu else (8, 384, 256)
     size = bench.sized(batch_size=batch_size, tokens=512, n_embd=width, n_hidden=hidden, n_expert=32, k=4)
     x = torch.randn(size.batch_size, size.tokens, size.n_embd).to(bench.device, bench.dtype).requires_grad_()
     matrix = torch.randn(size.n_embd, 3 * size.k * size.n_hidden).to(x)
     flops = 2 * x[..., 0].numel() * matrix.numel()
-    layers = make_layers(bench, size)
+    layers, modules = make_layers(bench, size)
     what = f"C={size.n_embd}, H={size.n_hidden}, E={size.n_expert}, K={size.k}, S={x[..., 0].numel()}"
 
     def forward(kind: str) -> Tensor:
-        return layers[kind][0](x)
+        return layers[kind](x)
 
     def both(kind: str) -> None:
         forward(kind).backward(x.detach())
 
-    def before(kind: str) -> None:
+    def clear_gradients(kind: str) -> None:
         x.grad = None
-        if kind in layers:
-            layers[kind][1].zero_grad()
+        modules.zero_grad()
 
     rows = []
-    for run, label, products in ((forward, "forward", 1), (both, "forward+backward", 3)):
+    for label, run, products in (("forward", forward, 1), ("forward+backward", both, 3)):
         calls = {kind: partial(run, kind) for kind in layers}
         calls["matmul"] = lambda n=products: [x.detach() @ matrix for _ in range(n)]
-        times = bench.interleave(calls, 10, before)
-        rows += [layer_row(f"{kind} {label}, {what}", kind, times, products * flops) for kind in layers]
+        times = bench.interleave(calls, 10, clear_gradients)
+        for kind in layers:
+            seconds = median(times[kind])
+            row = {"what": f"{kind} {label}, {what}", "ms": seconds * 1e3}
+            row |= {"GFLOP/s": products * flops / seconds / 1e9}
+            row |= {"of matmul": ratio(times["matmul"], times[kind])[0]}
+            rows.append(row | {"speed/dense": ratio(times["dense"], times[kind])})
     rows[len(layers) + 1]["aim"] = f"at least {0.75 if bench.gpu else 0.95}"  # topk, forward and backward
     return rows
 
 
-def layer_row(what: str, kind: str, times: dict, flops: int) -> dict:
-    seconds = median(times[kind])
-    row = {"what": what, "ms": seconds * 1e3, "GFLOP/s": flops / seconds / 1e9}
-    row["of matmul"] = ratio(times["matmul"], times[kind])[0]
-    return row | {"speed/dense": ratio(times["dense"], times[kind])}
-
-
-def make_layers(bench: Bench, size: SimpleNamespace) -> dict[str, tuple[Callable, torch.nn.Module]]:
-    """Name -> a function of x, and the module in it: the dense layer, the experts under three routers."""
+def make_layers(bench: Bench, size: SimpleNamespace) -> tuple[dict[str, Callable], torch.nn.ModuleList]:
+    """Functions of x by name: a dense layer, and experts under three routers; and the modules of both."""
     shape = {"n_head": 1, "n_embd": size.n_embd, "n_hidden": size.n_hidden, "n_expert": size.n_expert}
     dense, experts = MLP(size.n_embd, size.k * size.n_hidden), MoE(MoEConfig(**shape, k=size.k))
-    for module in (dense, experts):
-        for parameter in module.to(bench.device, bench.dtype).parameters():
-            torch.nn.init.normal_(parameter, std=INIT_STD)
+    modules = torch.nn.ModuleList([dense, experts]).to(bench.device, bench.dtype)
+    for parameter in modules.parameters():
+        torch.nn.init.normal_(parameter, std=INIT_STD)
 
     def through(router: str) -> Callable:
         context = Context(ROUTERS[router], None, None, None, 0)
         return bench.compiled(lambda x: experts(x, context, None)[0])
 
-    routed = {name: (through(name), experts) for name in ("topk", "seqtopk", "online_seqtopk")}
-    return {"dense": (bench.compiled(dense), dense), **routed}
+    routed = {name: through(name) for name in ("topk", "seqtopk", "online_seqtopk")}
+    return {"dense": bench.compiled(dense), **routed}, modules
 
 
 def bench_train(bench: Bench) -> list[dict]:
-    """Full training steps of one model, each router in its turn on the same weights.
+    """Full training steps of one model: the routers take turns on the same weights.
 
-    What a user waits for: forward, backward, clipping, AdamW. The paper says 246.4 GPU-hours under SeqTopK
+    What a user waits for: forward, backward, clipping, AdamW. The paper trains 246.4 GPU-hours under SeqTopK
     and 244.2 under TopK. Memory is the peak during a step, of the GPU or of the whole process.
     """
     shape = bench.config.shape or "small"
@@ -256,8 +257,7 @@ def bench_train(bench: Bench) -> list[dict]:
     size = bench.sized(batch_size=64 if bench.gpu else 4, tokens=model.config.block_size)
     text = bench.text(model.config.vocab_size, size.batch_size, size.tokens + 1)
     step = train_step(model, bench.compiled(model), text, bench.dtype)
-    calls = {name: partial(step, name) for name in PLAIN}
-    times = bench.interleave(calls, 25)
+    times = bench.interleave({name: partial(step, name) for name in BOUNDED}, 25)
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
     peaks = {} if bench.dtype == torch.float32 else PEAKS
     peak_flops = next((peak for name, peak in peaks.items() if name in bench.name), None)
@@ -267,18 +267,18 @@ def bench_train(bench: Bench) -> list[dict]:
         flops = rate * model.flops_per_token(size.tokens)
         row = {"what": f"{name}, {shape}, B={size.batch_size}, T={size.tokens}", "tokens/s": rate}
         row |= {"GFLOP/s": flops / 1e9, "MFU %": peak_flops and 100 * flops / peak_flops}
-        row |= {"peak GB": bench.peak_gb(calls[name]), "time/topk": ratio(taken, times["topk"])}
+        row |= {"peak GB": bench.peak_gb(partial(step, name)), "time/topk": ratio(taken, times["topk"])}
         rows.append(row | {"paper": "1.009" if name == "seqtopk" else None, "aim": aims.get(name)})
     return rows
 
 
 def train_step(model: MoEGPT, forward: Callable, text: Tensor, dtype: torch.dtype) -> Callable[[str], None]:
-    """A function of the router's name: the work of train.py in an iteration on text (B, T+1), data apart."""
+    """A function of the router's name: an iteration of train.py on text (B, T+1), without reading data."""
     update = updater(model)
+    mixed = dtype != next(model.parameters()).dtype
 
     def step(router: str) -> None:
-        half = dtype != next(model.parameters()).dtype
-        with torch.autocast(text.device.type, dtype) if half else nullcontext():
+        with torch.autocast(text.device.type, dtype) if mixed else nullcontext():
             _, loss, stats = forward(text[:, :-1], text[:, 1:], router=router)
         update(loss + stats.balance_loss + stats.z_loss)
 
@@ -299,15 +299,14 @@ def updater(model: torch.nn.Module) -> Callable[[Tensor], None]:
 
 
 def bench_decode(bench: Bench) -> list[dict]:
-    """Writing token by token: TopK and online SeqTopK in turn, step by step, on the same weights.
+    """Writing token by token: TopK and online SeqTopK take turns, step by step, on the same weights.
 
-    "heavy" has experts of real weight. The few small operations of an Expert Cache ("extra us per layer") are
-    as many at any width: beside the small experts of the other shapes they are a larger share of a step.
-    Before decoding, the caches are filled up to the context: keys and values with random numbers, Expert
-    Caches with scores spread as the gates' are. A median passes over the one step in 65 that merges the
-    buffers of the Expert Caches: the part "cache" counts it in. Prefill reads a real prompt, but not where
-    that takes long. Memory is worked out: weights and caches. The paper says 139.41 tokens/s against 141.23,
-    and 18.35 GB against 18.21.
+    An Expert Cache needs as many small operations ("extra us per layer") at any width. They are a small share
+    of a step in "heavy", whose experts are large, and a larger one in the other shapes. Before decoding, the
+    caches are filled up to the context: keys and values with random numbers, Expert Caches with scores spread
+    as the gates' are. One step in 65 merges the buffers of the Expert Caches; the median leaves it out, the
+    part "cache" counts it. Prefill reads a prompt, but only where that is soon done. Memory is calculated:
+    weights and caches. The paper has 139.41 tokens/s against 141.23, and 18.35 GB against 18.21.
     """
     rows, given = [], bench.config
     for shape in [given.shape] if given.shape else ["heavy", "small", "tiny"]:
@@ -326,9 +325,10 @@ def bench_decode(bench: Bench) -> list[dict]:
 
 
 def decode_row(bench: Bench, model: MoEGPT, batch_size: int, context: int) -> dict:
-    base, ours, steps = "topk", "online_seqtopk", MAX_ROUNDS + 4
-    caches = {name: model.new_cache(batch_size, context + steps, name) for name in (base, ours)}
-    caches[ours].kv = caches[base].kv  # one memory under both: its pages may lie better or worse
+    steps = MAX_ROUNDS + 4  # with the warm-up, and the first
+    caches = {name: model.new_cache(batch_size, context + steps, name) for name in ("topk", "online_seqtopk")}
+    topk, online = caches.values()
+    online.kv = topk.kv  # the same memory for both: its pages may lie better or worse
     prefill = prefill_figures(bench, model, caches, batch_size, context)
     fill(bench, model, caches, batch_size, context)
     token = bench.text(model.config.vocab_size, batch_size, 1)
@@ -336,32 +336,30 @@ def decode_row(bench: Bench, model: MoEGPT, batch_size: int, context: int) -> di
     chunks = {name: [next(stream)] for name, stream in streams.items()}
     calls = {name: lambda name=name: chunks[name].append(next(streams[name])) for name in caches}
     times = bench.interleave(calls, 2)
-    step = {name: median(taken) for name, taken in times.items()}
-    experts = torch.cat([chunk.n_taken for chunk in chunks[ours]]).float().mean().item()
-    kv_bytes, expert_bytes = caches[base].kv_nbytes, caches[ours].expert_nbytes
-    memory = sum(p.nbytes for p in model.parameters()) + kv_bytes
+    topk_step, online_step = map(median, times.values())
+    memory = sum(p.nbytes for p in model.parameters()) + topk.kv_nbytes
     return {
-        "topk tokens/s": batch_size / step[base],
-        "online tokens/s": batch_size / step[ours],
-        "speed/topk": ratio(times[base], times[ours]),
-        "extra us per layer": (step[ours] - step[base]) / model.config.n_layer * 1e6,
-        "experts per token": experts,
+        "topk tokens/s": batch_size / topk_step,
+        "online tokens/s": batch_size / online_step,
+        "speed/topk": ratio(*times.values()),
+        "extra us per layer": (online_step - topk_step) / model.config.n_layer * 1e6,
+        "experts per token": torch.cat([c.n_taken for c in chunks["online_seqtopk"]]).float().mean().item(),
         **prefill,
-        "KV MB": kv_bytes / 1e6,
-        "expert MB": expert_bytes / 1e6,
-        "memory/topk": (memory + expert_bytes) / memory,
+        "KV MB": topk.kv_nbytes / 1e6,
+        "expert MB": online.expert_nbytes / 1e6,
+        "memory/topk": (memory + online.expert_nbytes) / memory,
     }
 
 
 def prefill_figures(bench: Bench, model: MoEGPT, caches: dict, batch_size: int, context: int) -> dict:
-    """Reading a prompt of `context` tokens in one piece; nothing where that would take long."""
+    """How fast a prompt of `context` tokens is read in one piece; nothing where that would take long."""
     if batch_size * context > (2**17 if bench.gpu else 1024):
         return {}
     prompt = bench.text(model.config.vocab_size, batch_size, context)
     calls = {name: lambda c=cache: next(model.generate(prompt, 1, c)) for name, cache in caches.items()}
     times = bench.interleave(calls, 1, lambda name: caches[name].reset())
     rate = batch_size * context / median(times["online_seqtopk"])
-    return {"prefill tokens/s": rate, "speed/topk, prefill": ratio(times["topk"], times["online_seqtopk"])}
+    return {"prefill tokens/s": rate, "speed/topk, prefill": ratio(*times.values())}
 
 
 def fill(bench: Bench, model: MoEGPT, caches: dict, batch_size: int, context: int) -> None:
@@ -380,8 +378,8 @@ def fill(bench: Bench, model: MoEGPT, caches: dict, batch_size: int, context: in
 def bench_cache(bench: Bench) -> list[dict]:
     """A step of one layer's Expert Cache, by the number of past tokens: mean of 65, of which one merges.
 
-    A cache of n tokens costs little at 64 steps; then one step merges their candidates into a sorted buffer
-    of all n, which costs the more the larger n is. The mean is what a token costs. Each cache is as large as
+    64 steps cost little, whatever the past. The next one merges their candidates into the sorted buffer of
+    the past, and costs more the longer that is. The mean is what a token costs. Each cache is as large as
     it must be. A step that looked at all of the past would cost 128 times as much at 16,384 tokens as at 128.
     "ranking anew" is the definition: SeqTopK on all scores so far, at every step.
     """
@@ -419,8 +417,8 @@ def cache_rows(bench: Bench, batch_size: int, lengths: list[int], n_expert: int,
 def bench_peers(bench: Bench) -> list[dict]:
     """The same model under TopK in Hugging Face transformers, as OLMoE: training steps, greedy generation.
 
-    Same shape and tokens, fused AdamW and clipping for both, both wholly in one dtype. They take turns, each
-    in a process of its own, so that each has the memory allocator as it sets it. Theirs is spared the
+    Both have the same shape and tokens, fused AdamW and clipping, and one dtype throughout. They take turns,
+    each in a process of its own, so that each sets the memory allocator for itself. Theirs does without the
     load-balance and z-losses, which ours computes in every step: transformers leaves them out by default.
     """
     if not importlib.util.find_spec("transformers"):
@@ -434,7 +432,13 @@ def bench_peers(bench: Bench) -> list[dict]:
         def rows(work: str, tokens: int, goal: float) -> list[dict]:
             calls = {kind: partial(ask, peer, bench.config, kind, work) for kind, peer in peers.items()}
             times = bench.interleave(calls, 15, clock=lambda call: call())
-            return peer_rows(f"{work}, {tokens} tokens", tokens, times, goal)
+            rate = {kind: tokens / median(taken) for kind, taken in times.items()}
+            rows = [
+                {"what": f"{work}, {tokens} tokens, against {kind}", "ours tokens/s": rate["ours"]}
+                | {"theirs": rate[kind], "speed/theirs": ratio(times[kind], times["ours"])}
+                for kind in ("eager", "grouped_mm")
+            ]
+            return [rows[0], rows[1] | {"aim": f"at least {goal}"}]
 
         training = rows("training", size.batch_size * size.tokens, 1.5 if bench.gpu else 1.3)
         return training + rows("generation", size.tokens // 2, 8 if bench.gpu else 4)
@@ -447,7 +451,7 @@ def new_process() -> ProcessPoolExecutor:
 
 
 def ask(peer: ProcessPoolExecutor, config: BenchOptions, kind: str, work: str) -> float:
-    """Seconds that the work took there, once. Raises RuntimeError if it failed, or if the process ended."""
+    """Seconds that the work took there, once. Raises RuntimeError if it failed or the process ended."""
     try:
         return peer.submit(do, config, kind, work).result()
     except Exception as error:
@@ -460,7 +464,7 @@ def do(config: BenchOptions, kind: str, work: str) -> float:
 
 @lru_cache
 def peer_works(config: BenchOptions, kind: str) -> dict[str, Callable[[], float]]:
-    """Work -> a function that does it once and tells the seconds; the model is made at the first call."""
+    """Work -> a function that does it once and returns its seconds. One model does all works of its kind."""
     bench = Bench.of(config)
     torch.manual_seed(config.seed)
     shape = bench.shape("peers")
@@ -499,50 +503,36 @@ def make_olmoe(shape: MoEConfig) -> torch.nn.Module:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    sizes = {"vocab_size": shape.vocab_size, "hidden_size": shape.n_embd, "intermediate_size": shape.n_hidden}
-    sizes |= {"num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head}
-    sizes |= {"num_experts": shape.n_expert, "num_experts_per_tok": shape.k}
-    sizes |= {"max_position_embeddings": shape.block_size}
-    sizes |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # none: text never ends early
-    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes))
-
-
-def peer_rows(what: str, tokens: int, times: dict, goal: float) -> list[dict]:
-    rate = {kind: tokens / median(taken) for kind, taken in times.items()}
-    rows = [
-        {"what": f"{what}, against {kind}", "ours tokens/s": rate["ours"], "theirs": rate[kind]}
-        | {"speed/theirs": ratio(times[kind], times["ours"])}
-        for kind in ("eager", "grouped_mm")
-    ]
-    rows[-1]["aim"] = f"at least {goal}"
-    return rows
+    sizes = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.n_embd,
+        "intermediate_size": shape.n_hidden,
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "num_experts": shape.n_expert,
+        "num_experts_per_tok": shape.k,
+        "max_position_embeddings": shape.block_size,
+    }
+    never = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # text never ends early
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, **never))
 
 
 PARTS = {
-    "router": bench_router,
-    "layer": bench_layer,
-    "train": bench_train,
-    "decode": bench_decode,
-    "cache": bench_cache,
-    "peers": bench_peers,
+    part.__name__.removeprefix("bench_"): part
+    for part in (bench_router, bench_layer, bench_train, bench_decode, bench_cache, bench_peers)
 }
 
 
 def main(argv: list[str]) -> None:
-    """Do what is asked for. Raises ValueError or OSError for bad input."""
+    """Measure what is asked for. Raises ValueError or OSError for bad input."""
     if argv == ["table"]:
         return print(results.readme_table(results.RESULTS))
     texts = {name: inspect.getdoc(part) for name, part in PARTS.items()}
-    if "--help" in argv or "-h" in argv:
-        print(__doc__, *(f"  {name:10}  {text.splitlines()[0]}" for name, text in texts.items()), sep="\n")
     named = [name for name in argv[:1] if not name.startswith("-")]
     for name in named:
         require(name in PARTS, "the part", name, f"one of {', '.join(PARTS)}, or table")
-    config = BenchOptions(**parse(argv[len(named) :], BenchOptions)[0])
-    if config.plot:
-        results.require_matplotlib("plot")
-    for path in filter(None, (config.json, config.plot)):  # now, and not when the minutes are spent
-        results.check_writable(Path(path))
+    firsts = "\n".join(f"  {name:10}  {text.splitlines()[0]}" for name, text in texts.items())
+    config = BenchOptions.read(argv[len(named) :], f"{__doc__}\n{firsts}")
     report = results.measure(Bench.of(config), {name: (texts[name], PARTS[name]) for name in named or PARTS})
     if config.plot:
         results.draw(report, config.plot)

@@ -21,11 +21,12 @@ from typing import Self
 
 import torch
 
-from config import require
+from config import parse, require
 from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
 
 HOME = Path(__file__).parents[1]
 RESULTS = HOME / "experiments" / "results"
+MAY_BE_0 = ("seed", "effort", "budget", "shots")  # other numbers of options are at least 1
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,24 @@ class Options:
     dtype: str = "auto"  # auto, float32, bfloat16 or float16
     seed: int = 1337  # of what is drawn at random
 
-    may_be_0 = ("seed",)  # other numbers are at least 1
-
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            low = 0 if name in self.may_be_0 else 1
+            low = 0 if name in MAY_BE_0 else 1
             require(isinstance(value, str | bool | None) or value >= low, name, value, f"at least {low}")
+
+    @classmethod
+    def read(cls, argv: list[str], about: str) -> Self:
+        """What the command line says. --help prints `about` and the keys, and exits.
+
+        Raises ValueError for bad settings, and OSError now, not when the minutes are spent, for a file that
+        cannot be written.
+        """
+        if "--help" in argv or "-h" in argv:
+            print(about + "\n")
+        options = cls(**parse(argv, cls)[0])
+        for name in filter(None, (options.json, getattr(options, "plot", None))):
+            check_writable(Path(name))
+        return options
 
 
 @dataclass(frozen=True)
@@ -83,10 +96,10 @@ class Machine:
 
 
 def measure(machine: Machine, parts: dict[str, tuple[str, Callable]]) -> dict:
-    """Explain, measure and print each part: name -> its explanation and function. All that is kept of it.
+    """Explain, measure and print each part, and return all that --json keeps.
 
-    A part that fails leaves the others; if it is the only one, a ValueError is the caller's. Ctrl-C ends
-    measuring, and what has been measured is kept.
+    parts: name -> explanation, function. Where a part fails, the others go on; a ValueError of the only part
+    is raised. Ctrl-C ends measuring, and what has been measured is returned.
     """
     report = describe(machine)
     print(", ".join(f"{key} {report[key]}" for key in ("machine", "dtype", "compile", "versions", "load")))
@@ -99,14 +112,15 @@ def measure(machine: Machine, parts: dict[str, tuple[str, Callable]]) -> dict:
         start = time.perf_counter()
         try:
             report["parts"][name] = rows = rounded(part(machine))
-        except (RuntimeError, ValueError, KeyboardInterrupt) as error:  # too little memory, say
+        except KeyboardInterrupt:
+            print(f"{name} was stopped")
+            report["failed"].append(name)
+            break
+        except (RuntimeError, ValueError) as error:  # too little memory, say
             if isinstance(error, ValueError) and len(parts) == 1:
                 raise
-            report["failed"].append(name)
-            if isinstance(error, KeyboardInterrupt):
-                print(f"{name} was stopped")
-                break
             print(f"{name} failed: {error}")
+            report["failed"].append(name)
             continue
         if rows:
             show(rows)
@@ -116,7 +130,7 @@ def measure(machine: Machine, parts: dict[str, tuple[str, Callable]]) -> dict:
 
 def describe(machine: Machine) -> dict:
     """Where the figures come from."""
-    packages = [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
+    packages = filter(importlib.util.find_spec, ("torch", "transformers"))
     try:
         git = ["git", "-C", str(HOME), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -157,7 +171,7 @@ def finish(report: dict, path: str | None) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError. A file that is new goes again: who reads results would find none in it."""
+    """Raises OSError. Leaves no new file: nobody could read results from it."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     open(path, "a").close()
@@ -207,10 +221,6 @@ def cell(value: object, signed: bool = False) -> str:
     return "-" if value is None else str(value)
 
 
-def is_ratio(key: str) -> bool:
-    return key.startswith(("time/", "speed/", "bytes/"))
-
-
 def markdown(lines: list[list[str]]) -> str:
     """The table whose first line is the head."""
     head, *body = [[text.replace("|", r"\|") for text in line] for line in lines]
@@ -222,13 +232,25 @@ def require_matplotlib(name: str) -> None:
         raise ValueError(f"{name} needs matplotlib, which is not installed: pip install matplotlib")
 
 
+def rows_of(report: dict) -> list[tuple[str, dict]]:
+    """All rows of a report, each with the name of its part."""
+    return [(part, row) for part, rows in report["parts"].items() for row in rows]
+
+
+def is_ratio(key: str) -> bool:
+    return key.startswith(("time/", "speed/", "bytes/"))
+
+
 def readme_table(folder: Path) -> str:
-    """Markdown: what was aimed at, and what each machine in `folder` gave. Raises ValueError if none did."""
+    """Markdown: each ratio with an aim or a figure of the paper, and what it is on the machines in `folder`.
+
+    Raises ValueError where none is.
+    """
     table: dict[tuple, dict[str, str]] = {}
     for path in sorted(folder.glob("*.json")):
         report = read_report(path)
         machine = f"{path.stem} ({report['machine']}, {report['dtype']})"
-        for part, row in ((part, row) for part, rows in report["parts"].items() for row in rows):
+        for part, row in rows_of(report):
             key = next(filter(is_ratio, row), None)
             if key and (row.get("aim") or row.get("paper")):
                 line = (f"`{part}`", row["what"], key, cell(row.get("aim")), cell(row.get("paper")))
@@ -244,14 +266,17 @@ def draw(report: dict, path: str) -> None:
     """The ratios with their quartiles, one line each."""
     from matplotlib.figure import Figure
 
-    rows = [(part, row) for part, rows in report["parts"].items() for row in rows]
-    keys = [(f"{part}: {row['what']}: {key}", row[key]) for part, row in rows for key in row if is_ratio(key)]
-    marks = [(label, value) for label, value in keys if isinstance(value, list)]
-    figure = Figure(figsize=(11, 1 + 0.2 * len(marks)), layout="constrained")
+    ratios = {
+        f"{part}: {row['what']}: {key}": value
+        for part, row in rows_of(report)
+        for key, value in row.items()
+        if is_ratio(key) and isinstance(value, list)
+    }
+    figure = Figure(figsize=(11, 1 + 0.2 * len(ratios)), layout="constrained")
     axes = figure.add_subplot(title=f"{report['machine']}, {report['dtype']}", xscale="log")
-    for height, (_, (middle, low, high)) in enumerate(marks):
+    for height, (middle, low, high) in enumerate(ratios.values()):
         axes.plot([low, high], [-height, -height], color="tab:blue")
         axes.plot(middle, -height, "o", color="tab:blue", markersize=4)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_yticks([-height for height in range(len(marks))], [label for label, _ in marks], fontsize=7)
+    axes.set_yticks(range(0, -len(ratios), -1), list(ratios), fontsize=7)
     figure.savefig(path)

@@ -1,18 +1,16 @@
 """How many problems of data/arithmetic/test.jsonl does a trained run solve, by level?
 
 The level of a problem is its number of steps. Answers are greedy, from KV cache and Expert Cache, many at
-once. "exact match": the share of right final answers, with its 95% interval.
+once. "exact match": the share of right final answers, with its 95% interval. The paper's tasks are others;
+experiments/gsm8k.py has one of them.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from dataclasses import dataclass
-from statistics import mean
+
+from experiments import solve
+from experiments.lab import Lab, run_question
 
 import data
-from experiments import lab, solve
 from router import ROUTERS
 
 
@@ -24,20 +22,18 @@ class Options(solve.DecodeOptions):
     batch_size: int = 100  # problems at once
 
 
-def answer(bench: lab.Lab) -> list[dict]:
-    config = bench.config
-    model, tokenizer, folder = solve.open_model(bench, "out/arithmetic_seqtopk", config.k)
-    chosen = solve.test_problems(data.load("arithmetic").folder, config.problems)
-    solved = solve.solve(model, tokenizer, chosen, config.router, config.batch_size)
+def answer(lab: Lab) -> list[dict]:
+    config = lab.config
+    model, tokenizer, folder = solve.open_model(lab, "out/arithmetic_seqtopk", config.k)
+    problems = solve.test_problems(data.load("arithmetic").folder, config.problems)
+    solved = solve.solve(model, tokenizer, problems, config.router, config.batch_size)
     name = f"{folder}, router {config.router or ROUTERS[model.config.router].decode}"
     rows = []
-    for level in [*sorted({problem["level"] for problem in chosen}), "all"]:
-        right, experts = zip(*(s for p, s in zip(chosen, solved) if level in ("all", p["level"])))
-        row = {"what": f"level {level}, {name}", "problems": len(right)}
-        row["exact match"] = solve.wilson(sum(right), len(right))
-        rows.append(row | {"experts per token": mean(experts)})
-    return rows
+    for level in sorted({problem["level"] for problem in problems}):
+        of_level = [found for problem, found in zip(problems, solved) if problem["level"] == level]
+        rows.append(solve.score(f"level {level}, {name}", of_level))
+    return [*rows, solve.score(f"level all, {name}", solved)]
 
 
 if __name__ == "__main__":
-    lab.run(answer, Options)
+    run_question(answer, Options)

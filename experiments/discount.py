@@ -1,30 +1,28 @@
 """Is a rule without a bound set by hand as good as a fixed bound?
 
-The paper leaves it open how to bound a token's experts without max_experts. seqtopk_discount divides a
-token's scores by their rank, so that many experts are dear, and has no bound. It is compared, like other
-bounds, to SeqTopK with the default of K + 2. To train or sample with it, name this file:
+The paper leaves open how to choose max_experts. seqtopk_discount has no bound: it divides a token's scores by
+their rank, so that each further expert must be better. It is compared, like other bounds, to SeqTopK with the
+default of K + 2. To train or sample with it, name this file:
 
     python train.py config/tiny_topk.py experiments/discount.py --router=seqtopk_discount
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from experiments import lab
+from experiments.lab import Lab, compare, router_arms, run_question
+
 from router import ROUTERS, ExpertCache, Router, online_seqtopk, seqtopk
 
 
-def answer(bench: lab.Lab) -> list[dict]:
-    base, rule = lab.router_arms(["seqtopk", "seqtopk_discount"], bench.k)
-    bounds = [bench.k + 1, bench.k + 3, bench.k + 4, bench.shared["n_expert"]]
-    arms = [base, *(lab.vary(base, max_experts=bound) for bound in bounds)]
-    return lab.compare(bench, [*arms, replace(rule, file=Path(__file__))])
+def answer(lab: Lab) -> list[dict]:
+    base, discounted = router_arms(["seqtopk", "seqtopk_discount"], lab.k)
+    bounds = [lab.k + 1, lab.k + 3, lab.k + 4, lab.shared["n_expert"]]
+    bounded = [base.vary(max_experts=bound) for bound in bounds]
+    return compare(lab, [base, *bounded, replace(discounted, file=Path(__file__))])
 
 
 def discount_by_rank(scores: Tensor) -> Tensor:
@@ -78,4 +76,4 @@ ROUTERS["online_seqtopk_discount"] = Router(
 )
 
 if __name__ == "__main__":
-    lab.run(answer)
+    run_question(answer)

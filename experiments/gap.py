@@ -2,20 +2,17 @@
 
 The paper leaves it open. "gap" is the loss less that under SeqTopK of the same weights. With a prior of n0
 tokens a text begins as if after n0 usual ones: quantiles of the scores that the trained model gives to
-training text. n0=0 is online SeqTopK, to which the others are compared, and the largest n0 all but a fixed
-threshold. The last two rows had more iterations, under SeqTopK or online SeqTopK.
+training text. Rows are compared to n0=0, which is online SeqTopK; the largest n0 is nearly a fixed threshold.
+In the last two rows the runs go on, under SeqTopK and under online SeqTopK, which is compared to SeqTopK.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from experiments import lab
+from experiments.lab import Arm, Judged, Lab, OpenRun, compare, judged, router_arms, run_question, tuned_arms
+
 from router import (
     ROUTERS,
     State,
@@ -29,29 +26,27 @@ from router import (
 PRIORS = (0, 1, 4, 16, 64, 256, 4096)  # tokens
 
 
-def answer(bench: lab.Lab) -> list[dict]:
-    seqtopk = lab.router_arms(["seqtopk"], bench.k)[0]
-
-    def judge(arm: lab.Arm, folder: Path) -> Iterator[lab.Judged]:
-        opened = lab.open_run(bench, folder, router="online_seqtopk_prior")
-        globally = lab.loss_figures(opened, "seqtopk")["nats"]
-        scores = usual_scores(bench, opened)
+def answer(lab: Lab) -> list[dict]:
+    def judge(arm: Arm, run: OpenRun) -> Iterator[Judged]:
+        globally = run.losses("seqtopk")["nats"]
+        scores = usual_scores(run, lab.config.seed)
         for n in PRIORS:
-            for layer, found in zip(opened.model.expert_layers(), scores, strict=True):
+            for layer, found in zip(run.model.expert_layers(), scores, strict=True):
                 config = layer.config
                 layer.state.prior = prior(found, config.k, n, config.min_experts, config.max_experts)
-            figures = lab.loss_figures(opened, opened.decode)
+            figures = run.losses()
             yield f"{arm.name}, n0={n}", f"{arm.name}, n0=0", figures | {"gap": figures["nats"] - globally}
 
-    tuned = lab.tuned_arms(bench, seqtopk, ["seqtopk", "online_seqtopk"])
-    return lab.judged(bench, [seqtopk], judge) + lab.compare(bench, tuned)
+    seqtopk = router_arms(["seqtopk"], lab.k)
+    tuned = tuned_arms(lab, seqtopk[0], ["seqtopk", "online_seqtopk"])
+    return judged(lab, seqtopk, judge, router="online_seqtopk_prior") + compare(lab, tuned)
 
 
 @torch.no_grad()
-def usual_scores(bench: lab.Lab, opened: lab.Opened) -> list[Tensor]:
-    """Of each layer with experts, the scores that select under SeqTopK, (n, T, E), for lab.usual_text."""
-    found = [opened.model(x, router="seqtopk")[2].routing for x in lab.usual_text(bench, opened)]
-    layers = zip(opened.model.expert_layers(), zip(*found), strict=True)
+def usual_scores(run: OpenRun, seed: int) -> list[Tensor]:
+    """Of each layer with experts, the scores that select under SeqTopK, (n, T, E), for run.usual_text."""
+    found = [run.model(x, router="seqtopk")[2].routing for x in run.usual_text(seed)]
+    layers = zip(run.model.expert_layers(), zip(*found), strict=True)
     return [torch.cat([routing.scores for routing in seen]) + layer.bias for layer, seen in layers]
 
 
@@ -100,4 +95,4 @@ ROUTERS["online_seqtopk_prior"] = ROUTERS["online_seqtopk"]._replace(
 )
 
 if __name__ == "__main__":
-    lab.run(answer)
+    run_question(answer)

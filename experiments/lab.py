@@ -1,8 +1,8 @@
-"""What the questions of this folder share: train what is compared, open and judge it, put means into rows.
+"""What the questions of this folder share: train what is compared, judge it, put means over seeds into rows.
 
-A question is a list of arms, each a kind of run of train.py, for --seeds seeds; arms are paired by seed. Runs
-are kept in out/experiments under a name that says their settings: what is finished is not run again, what was
-stopped goes on, and the questions share runs.
+A question compares arms: kinds of runs of train.py. Each arm has a run for every seed, and runs of one seed
+are compared to each other. Runs are kept in out/experiments, under a name that says their settings: a
+finished run is not repeated, a stopped one goes on, and questions share their runs.
 """
 
 import fcntl
@@ -22,29 +22,30 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data
-from config import bad_input_exits, parse, read_file, require, results
 from experiments import solve
+
+import data
+from config import bad_input_exits, read_file, require, results
 from model import MoEConfig, MoEGPT, load_checkpoint
 from router import ROUTERS
 from train import evaluate_text
 
 RUNS = Path("out/experiments")
-CODE = ["experiments/lab.py", "experiments/solve.py", "train.py", "model.py", "router.py"]
+CODE = ["experiments/lab.py", "experiments/solve.py", "train.py", "model.py", "router.py"]  # of the figures
 SEEDS, QUICK_SEEDS = 3, 2
-QUICK = 4  # --quick has so many times fewer judged tokens, and fewer of
+QUICK = 4  # --quick divides by it the judged tokens and these settings
 QUICKENED = ("max_iters", "warmup_iters", "lr_decay_iters", "first_iters", "eval_interval", "eval_windows")
 JUDGED_TOKENS = 2**17  # of the validation text, by which trained models are compared
 PROBLEMS = 60  # of each level, if the data are arithmetic
-USUAL_TOKENS = 2**14  # of the training text that tell how a trained model routes
-TUNING = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3}  # of a run that goes on
-OTHER_BATCHES = 1000  # from the seed of a run to that of another that goes on with its weights
+USUAL_TOKENS = 2**14  # of the training text, which tell how a trained model routes
+TUNING = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3}  # of a run after another
+OTHER_BATCHES = 1000  # is added to the seed of a run after another, so that it sees other batches
 SECONDS = "took {} seconds"  # a line of train.txt
 COLUMNS = {
     "runs": "seeds; behind +- is the standard error of the mean over them",
@@ -74,11 +75,9 @@ class Options(results.Options):
     budget: float | None = None  # minutes after which no training begins
     compile: str = "auto"  # torch.compile in training: auto, true or false
 
-    may_be_0 = ("seed", "budget")
-
 
 @dataclass(frozen=True)
-class OptionsK(Options):
+class OptionsWithK(Options):
     """How many experts."""
 
     k: int | None = None  # experts per token on average (none: as in --config)
@@ -86,20 +85,20 @@ class OptionsK(Options):
 
 @dataclass(frozen=True)
 class Lab(results.Machine):
-    """The options, what computes, until when, and which trainings failed or did not begin."""
+    """The options, the machine, the deadline, and which trainings failed or did not begin."""
 
     missing: list[str] = field(default_factory=list)
 
     @cached_property
     def deadline(self) -> float:
-        """Of time.monotonic(), after which no training begins; counted from the first look at it."""
+        """When no training begins any more, in time.monotonic(); the budget counts from the first look."""
         return math.inf if self.config.budget is None else time.monotonic() + 60 * self.config.budget
 
     @cached_property
     def shared(self) -> dict[str, object]:
-        """What the config file says, and the defaults of the model.
+        """Settings of all runs: those of --config, and the model's defaults.
 
-        Raises ValueError if sizes are missing, and for a dense model.
+        Raises ValueError where max_iters or batch_size is missing, and for a dense model.
         """
         name = self.config.config
         settings = asdict(MoEConfig()) | read_file(name)
@@ -118,13 +117,14 @@ class Lab(results.Machine):
         first = self.config.seed
         return range(first, first + (self.config.seeds or (QUICK_SEEDS if self.config.quick else SEEDS)))
 
-    def autocast(self):  # as in training
+    def autocast(self):
+        """As in training."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
-def run(answer: Callable[[Lab], list[dict]], options: type[results.Options] = OptionsK) -> None:
+def run_question(answer: Callable[[Lab], list[dict]], options: type[results.Options] = OptionsWithK) -> None:
     """What the file of a question does when it is started."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what trains for this shall stop and save
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: a training then stops and saves
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     with bad_input_exits():
@@ -132,17 +132,12 @@ def run(answer: Callable[[Lab], list[dict]], options: type[results.Options] = Op
 
 
 def main(answer: Callable[[Lab], list[dict]], options: type[results.Options], argv: list[str]) -> None:
-    """Answer a question: its docstring, its table, what the columns are, and a line of JSON.
+    """Print the question (the docstring of its file), its table, what the columns are, and a line of JSON.
 
     Raises ValueError or OSError for bad input.
     """
-    question = answer.__globals__["__doc__"].strip()
-    if "--help" in argv or "-h" in argv:
-        print(question + "\n")
-    lab = Lab.of(options(**parse(argv, options)[0]))
-    if lab.config.json:  # now, and not when the minutes are spent
-        results.check_writable(Path(lab.config.json))
-    name = Path(inspect.getfile(answer)).stem
+    question, name = answer.__globals__["__doc__"].strip(), Path(inspect.getfile(answer)).stem
+    lab = Lab.of(options.read(argv, question))
     report = results.measure(lab, {name: (question, answer)}) | {"missing": lab.missing}
     columns = dict.fromkeys(key for row in report["parts"].get(name, []) for key in row)
     print(*(f"{key}: {COLUMNS[key]}" for key in columns if key in COLUMNS), sep="\n")
@@ -157,64 +152,59 @@ class Arm:
     """One kind of run in a comparison."""
 
     name: str
-    settings: dict[str, object]  # of train.py, beyond those that all share
+    settings: dict[str, object]  # of train.py, beyond those that all arms share
     base: str  # name of the arm that it is compared to
-    after: "Arm | None" = None  # the arm whose last checkpoint it starts from
+    after: "Arm | None" = None  # the arm whose last checkpoints its runs start from
     file: Path | None = None  # that defines its router, if router.py does not
+
+    def vary(self, **settings) -> Self:
+        """An arm that differs in these settings, compared to this one."""
+        said = ", ".join(f"{key}={value}".lower() for key, value in settings.items())
+        return replace(self, name=f"{self.name}, {said}", settings=self.settings | settings, base=self.name)
 
 
 def router_arms(routers: list[str], k: int, **settings) -> list[Arm]:
     """An arm for each router with k experts per token, compared to the first."""
-    return [
-        Arm(f"{router}, k={k}", {"router": router, "k": k, **settings}, f"{routers[0]}, k={k}")
-        for router in routers
-    ]
-
-
-def vary(arm: Arm, **settings) -> Arm:
-    """The arm with other settings, compared to the arm."""
-    said = ", ".join(f"{key}={value}".lower() for key, value in settings.items())
-    return replace(arm, name=f"{arm.name}, {said}", settings=arm.settings | settings, base=arm.name)
+    name = f"{{}}, k={k}".format
+    return [Arm(name(r), {"router": r, "k": k, **settings}, base=name(routers[0])) for r in routers]
 
 
 def tuned_arms(lab: Lab, first: Arm, routers: list[str]) -> list[Arm]:
-    """Runs that go on where those of `first` ended, one for each router, compared to the first of these."""
+    """An arm for each router that goes on where the runs of `first` ended, compared to the first of these."""
     iterations = TUNING["max_iters"] // (QUICK if lab.config.quick else 1)
-    name = f"{first.name}, {iterations} more of {{}}"
-    return [
-        Arm(name.format(router), {"router": router, "k": lab.k, **TUNING}, name.format(routers[0]), first)
-        for router in routers
-    ]
+    name = f"{first.name}, {iterations} more of {{}}".format
+    tuning = {"k": lab.k, **TUNING}
+    return [Arm(name(r), {"router": r, **tuning}, base=name(routers[0]), after=first) for r in routers]
 
 
-Judged = tuple[str, str, dict]  # the name of a row, that of the row it is compared to, and its figures
+Judged = tuple[str, str, dict]  # the name of a row, that of the row it is compared to, the figures of a run
+Judge = Callable[[Arm, "OpenRun"], Iterable[Judged]]
 
 
-def judged(lab: Lab, arms: list[Arm], judge: Callable[[Arm, Path], Iterable[Judged]]) -> list[dict]:
-    """A row for each name that `judge` gives to some of the runs: means over seeds."""
-    runs: dict[str, dict[int, dict]] = {}
+def judged(lab: Lab, arms: list[Arm], judge: Judge, **opening) -> list[dict]:
+    """Train the arms where need be, and open each run (open_run). A row of means for each name of `judge`."""
+    by_seed: dict[str, dict[int, dict]] = {}  # name of a row -> seed -> figures
     bases = {}
     for arm, seed, folder in trained(lab, arms):
         with lab.autocast():
-            for name, base, figures in judge(arm, folder):
-                runs.setdefault(name, {})[seed] = figures
+            for name, base, figures in judge(arm, open_run(lab, folder, **opening)):
+                by_seed.setdefault(name, {})[seed] = figures
                 bases[name] = base
-    return [mean_row(name, found, runs.get(bases[name], {})) for name, found in runs.items()]
+    return [mean_row(name, found, by_seed.get(bases[name], {})) for name, found in by_seed.items()]
 
 
 def compare(lab: Lab, arms: list[Arm]) -> list[dict]:
-    """Train what is not trained yet, seed by seed, and put the figures of each arm into a row.
+    """A row for each arm, with the figures of its runs (run_figures).
 
-    Figures are kept with the run, under a name that differs where the code does.
+    They are kept with the run, under a name that changes with the code that made them.
     """
     made_by = hashlib.sha256(b"".join((results.HOME / name).read_bytes() for name in CODE)).hexdigest()[:8]
 
-    def judge(arm: Arm, folder: Path) -> Iterator[Judged]:
-        load_run(folder)  # raises if its data are not those of today
-        kept = folder / f"figures-{made_by}.json"
+    def judge(arm: Arm, run: OpenRun) -> Iterator[Judged]:
+        kept = run.folder / f"figures-{made_by}.json"
         if not kept.is_file():
             whole = kept.with_suffix(f".{os.getpid()}.tmp")
-            whole.write_text(json.dumps(run_figures(lab, folder)))
+            whole.write_text(json.dumps(run_figures(run)))
             whole.replace(kept)
         yield arm.name, arm.base, json.loads(kept.read_text())
 
@@ -222,7 +212,10 @@ def compare(lab: Lab, arms: list[Arm]) -> list[dict]:
 
 
 def mean_row(name: str, runs: dict[int, dict], base: dict[int, dict]) -> dict:
-    """Means over seeds with their standard errors; the difference to base only for seeds that both have."""
+    """Means over seeds with their standard errors; the difference to `base`, over the seeds that both have.
+
+    runs, base: seed -> figures.
+    """
     row = {"what": name, "runs": len(runs)}
     both = [seed for seed in runs if seed in base]
     for key in next(iter(runs.values())):
@@ -249,9 +242,9 @@ def mean_and_error(values: list[float]) -> list[float]:
 def trained(lab: Lab, arms: list[Arm]) -> Iterator[tuple[Arm, int, Path]]:
     """Each arm and seed with the folder of its run, which is trained now if it is not yet; seed by seed.
 
-    Left out, with a line that says so, is what fails and what would begin after the deadline.
+    A line says which runs are left out, because they fail or would begin after the deadline.
     """
-    assert lab.shared  # raises for a config that no run could share
+    assert lab.shared  # raises ValueError for a config that no run could share
     for seed, arm in tqdm([(s, a) for s in lab.seeds for a in arms], unit="run", disable=None):
         if all(train_run(lab, run, seed) for run in filter(None, (arm.after, arm))):
             yield arm, seed, run_folder(lab.config, arm, seed)
@@ -263,20 +256,20 @@ def trained(lab: Lab, arms: list[Arm]) -> Iterator[tuple[Arm, int, Path]]:
 
 
 def run_settings(config: Options, arm: Arm, seed: int) -> dict[str, object]:
-    """All settings of an arm's run that are not defaults of train.py."""
+    """What train.py is told for a run, apart from its folder."""
     settings = read_file(config.config) | arm.settings
     if config.quick:
         settings |= {key: max(1, settings[key] // QUICK) for key in QUICKENED if key in settings}
     where = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
     settings |= {key: value for key, value in where.items() if value != "auto"}
-    if arm.after:  # the batches of the first run shall not come again
-        start = run_folder(config, arm.after, seed) / "last.pt"
-        return settings | {"seed": seed + OTHER_BATCHES, "init_from": start}
-    return settings | {"seed": seed}
+    if arm.after is None:
+        return settings | {"seed": seed}
+    start = run_folder(config, arm.after, seed) / "last.pt"
+    return settings | {"seed": seed + OTHER_BATCHES, "init_from": start}
 
 
 def run_folder(config: Options, arm: Arm, seed: int) -> Path:
-    """Other settings have another folder: a config that has changed since has runs of its own."""
+    """Where a run is kept. Other settings have another folder, so a config that has changed has new runs."""
     settings = run_settings(config, arm, seed)
     digest = hashlib.sha256(str(sorted((key, str(value)) for key, value in settings.items())).encode())
     words = "-".join(f"{key}-{value}" for key, value in sorted(arm.settings.items()))
@@ -284,7 +277,7 @@ def run_folder(config: Options, arm: Arm, seed: int) -> Path:
 
 
 def train_run(lab: Lab, arm: Arm, seed: int) -> bool:
-    """Do or finish a run of train.py. False if it may not begin, or fails, of which a line says why."""
+    """Start or resume a run, unless it is finished. False if it fails (a line says why) or is too late."""
     folder = run_folder(lab.config, arm, seed)
     finished = folder / "finished"
     if finished.is_file() or time.monotonic() >= lab.deadline:
@@ -300,7 +293,7 @@ def train_run(lab: Lab, arm: Arm, seed: int) -> bool:
         else:
             (folder / "log.jsonl").unlink(missing_ok=True)  # of a start that was cut short
         code = wait_for(command_line(arm, settings), output)
-        if code or not is_whole(folder, settings["max_iters"]):
+        if code or not is_saved(folder, settings["max_iters"]):
             tqdm.write(f"{arm.name}, seed {seed} failed: {last_words(folder / 'train.txt')}")
             return False
         (folder / "best.pt").unlink(missing_ok=True)  # large, and nothing here reads it
@@ -310,13 +303,14 @@ def train_run(lab: Lab, arm: Arm, seed: int) -> bool:
 
 def command_line(arm: Arm, settings: dict[str, object]) -> list[str]:
     """What trains an arm."""
+    files = [arm.file] if arm.file else []
     texts = {key: str(v).lower() if isinstance(v, bool | None) else v for key, v in settings.items()}
     options = [f"--{key}={text}" for key, text in texts.items()]
-    return [sys.executable, str(results.HOME / "train.py"), *map(str, filter(None, [arm.file])), *options]
+    return [sys.executable, str(results.HOME / "train.py"), *map(str, files), *options]
 
 
 def lock(file: IO) -> None:
-    """Wait until nobody else has a lock on the file. Processes that write to it inherit this one."""
+    """Wait until no other process has a lock on the file. Processes that write to it inherit this lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -325,9 +319,9 @@ def lock(file: IO) -> None:
 
 
 def wait_for(command: list[str], output: IO) -> int:
-    """The exit code of a command, with a line of the seconds that it took in `output`.
+    """The exit code of a command, which writes to `output`; then the seconds that it took are written there.
 
-    After Ctrl-C, which does not reach it from the terminal, it is told to stop and has time to save.
+    Ctrl-C does not reach it from the terminal: it is told to stop from here, and has time to save.
     """
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
@@ -341,8 +335,8 @@ def wait_for(command: list[str], output: IO) -> int:
         print(SECONDS.format(time.monotonic() - start), file=output, flush=True)
 
 
-def is_whole(folder: Path, iterations: int) -> bool:
-    """Whether all of a run is in its last checkpoint: a full disk ends no training."""
+def is_saved(folder: Path, iterations: int) -> bool:
+    """Whether the last checkpoint of a run is its end: on a full disk train.py goes on without saving."""
     try:
         return load_checkpoint(folder / "last.pt")["step"] == iterations
     except ValueError:
@@ -350,7 +344,7 @@ def is_whole(folder: Path, iterations: int) -> bool:
 
 
 def last_words(path: Path) -> str:
-    """The last line that train.py wrote to train.txt, and where there is more."""
+    """The last line of train.py in train.txt, and where there is more."""
     lines = path.read_text().strip().splitlines()
     said = [line for line in lines if not re.fullmatch(SECONDS.format(r"[\d.]+"), line)]
     return f"{' '.join(said[-1:])} (more in {path})"
@@ -359,9 +353,10 @@ def last_words(path: Path) -> str:
 # -------------------- judging what was trained ------------------------------------------------------------
 
 
-class Opened(NamedTuple):
-    """A finished run."""
+class OpenRun(NamedTuple):
+    """A finished run, open to be judged."""
 
+    folder: Path
     model: MoEGPT
     dataset: data.Dataset
     batches: list[tuple[Tensor, Tensor]]  # of validation windows
@@ -369,90 +364,85 @@ class Opened(NamedTuple):
 
     @property
     def decode(self) -> str:
+        """The router under which the model writes."""
         return ROUTERS[self.model.config.router].decode
 
+    def evaluate(self, router: str | None = None) -> dict:
+        """evaluate_text of the validation windows under a router (None: the one that decodes)."""
+        token_bytes = self.dataset.tokenizer.token_bytes
+        return evaluate_text(self.model, self.batches, token_bytes, router or self.decode)
 
-def load_run(folder: Path) -> tuple[dict, data.Dataset]:
-    """The last checkpoint of a run, and its dataset. Raises ValueError if that was prepared anew since."""
+    def losses(self, router: str | None = None) -> dict[str, float]:
+        """Three columns of `evaluate`."""
+        found = self.evaluate(router)
+        return {"nats": found["loss"], "bits/byte": found["bpb"], "experts per token": found["experts"][0]}
+
+    @torch.no_grad()
+    def by_token(self, router: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the validation windows' tokens: loss and entropy in nats (windows, T), experts (windows, T, L).
+
+        Raises ValueError for a dataset of which only answers are learned.
+        """
+        whole, device = self.dataset.val_answers is None, self.model.head.weight.device
+        require(whole, "dataset", self.dataset.folder.name, "one of which all tokens are learned")
+        parts = []
+        for x, y in self.batches:
+            logits, _, stats = self.model(x.to(device), router=router)
+            log_share = logits.log_softmax(-1)
+            loss = -log_share.gather(-1, y.to(device).unsqueeze(-1)).squeeze(-1).float()
+            entropy = -(log_share.exp() * log_share).sum(-1).float()
+            parts.append([each.cpu() for each in (loss, entropy, stats.n_taken.movedim(0, -1))])
+        return tuple(torch.cat(each) for each in zip(*parts))
+
+    def usual_text(self, seed: int) -> tuple[Tensor, ...]:
+        """Batches of the training text, which tell how the model routes: (batch_size, T) each."""
+        size, T = self.batches[0][0].shape
+        x, _ = self.dataset.train_batch(0, USUAL_TOKENS // T, T, seed)
+        return x.to(self.model.head.weight.device).split(size)
+
+
+def open_run(lab: Lab, folder: Path, tokens: int | None = None, **changes) -> OpenRun:
+    """A run by its last checkpoint, with `changes` of its config, to be judged by so many tokens.
+
+    tokens None: JUDGED_TOKENS. --quick has fewer, whatever was asked for. Raises ValueError if the dataset
+    was prepared anew since.
+    """
     checkpoint = load_checkpoint(folder / "last.pt")
-    dataset = data.load(checkpoint["train_config"]["dataset"])
-    tokenizer = data.make_tokenizer(checkpoint["tokenizer"])
+    settings = checkpoint["train_config"] | changes
+    dataset = data.load(settings["dataset"])
     same = checkpoint["source_sha256"] == dataset.meta["source_sha256"]
-    same = same and tokenizer.fingerprint == dataset.tokenizer.fingerprint
+    same = same and data.make_tokenizer(checkpoint["tokenizer"]).fingerprint == dataset.tokenizer.fingerprint
     remedy = f"the same: delete {folder} to train it again"
     require(same, f"the data in {dataset.folder}", "other than when a run was trained", remedy)
-    return checkpoint, dataset
-
-
-def open_run(lab: Lab, folder: Path, tokens: int | None = None, **changes) -> Opened:
-    """The last checkpoint of a run, some fields of its config changed, to be judged by so many tokens (None:
-    JUDGED_TOKENS)."""
-    checkpoint, dataset = load_run(folder)
-    settings = checkpoint["train_config"] | changes
     model = MoEGPT.from_checkpoint(checkpoint, **changes).to(lab.device).eval()
     tokens = JUDGED_TOKENS // QUICK if lab.config.quick else tokens or JUDGED_TOKENS
     windows = max(1, tokens // settings["block_size"])
     batches = dataset.val_batches(settings["block_size"], settings["batch_size"], windows)
-    return Opened(model, dataset, batches, settings)
+    return OpenRun(folder, model, dataset, batches, settings)
 
 
-def judge_text(run: Opened, router: str) -> dict:
-    """evaluate_text of the validation windows."""
-    return evaluate_text(run.model, run.batches, run.dataset.tokenizer.token_bytes, router)
-
-
-def loss_figures(run: Opened, router: str) -> dict[str, float]:
-    found = judge_text(run, router)
-    return {"nats": found["loss"], "bits/byte": found["bpb"], "experts per token": found["experts"][0]}
-
-
-def run_figures(lab: Lab, folder: Path) -> dict[str, object]:
-    """What a finished run of train.py has come to: by its last checkpoint and, of its course, by its log."""
-    run = open_run(lab, folder)
-    router, causal = run.model.config.router, judge_text(run, run.decode)
-    as_trained = causal if router == run.decode else judge_text(run, router)
+def run_figures(run: OpenRun) -> dict[str, object]:
+    """Columns of a finished run: by its last checkpoint and, of how it went, by its log."""
+    router, causal = run.model.config.router, run.evaluate()
+    as_trained = causal if router == run.decode else run.evaluate(router)
     figures = {"nats": causal["loss"], "bits/byte": causal["bpb"], "as trained": as_trained["loss"]}
     figures["leak"] = causal["loss"] - as_trained["loss"]
     if "experts" in causal:
         figures |= {"experts per token": causal["experts"][0], "load entropy": causal["entropy"]}
         figures |= {"load variance": causal["variance"], "dead": causal["dead"]}
-    folder_of_data, tokenizer = run.dataset.folder, run.dataset.tokenizer
-    if folder_of_data.name == "arithmetic" and (folder_of_data / "test.jsonl").is_file():
-        problems = solve.test_problems(folder_of_data, PROBLEMS)
+    data_folder, tokenizer = run.dataset.folder, run.dataset.tokenizer
+    if data_folder.name == "arithmetic" and (data_folder / "test.jsonl").is_file():
+        problems = solve.test_problems(data_folder, PROBLEMS)
         figures["exact match"] = mean(right for right, _ in solve.solve(run.model, tokenizer, problems))
-    return figures | course(folder, run.settings)
+    return figures | course(run)
 
 
-def course(folder: Path, settings: dict) -> dict[str, object]:
+def course(run: OpenRun) -> dict[str, object]:
     """How a run went: losses on the way, speed, and time."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     evals = [line for line in lines if line["kind"] == "eval"]
     curve = {"step": [e["step"] for e in evals], "nats": [e["causal"]["loss"] for e in evals]}
-    per_step = [settings[key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")]
+    per_step = [run.settings[key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")]
     rate = median(line["tokens_per_second"] for line in lines if line["kind"] == "train")
-    seconds = re.findall(SECONDS.format(r"([\d.]+)"), (folder / "train.txt").read_text())
+    seconds = re.findall(SECONDS.format(r"([\d.]+)"), (run.folder / "train.txt").read_text())
     return {"curve": curve, "steps/s": rate / math.prod(per_step), "minutes": sum(map(float, seconds)) / 60}
-
-
-@torch.no_grad()
-def by_token(run: Opened, router: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the validation windows' tokens: loss and entropy in nats (windows, T), experts (windows, T, L).
-
-    Raises ValueError for a dataset of which only answers are learned.
-    """
-    whole, device = run.dataset.val_answers is None, run.model.head.weight.device
-    require(whole, "dataset", run.dataset.folder.name, "one of which all tokens are learned")
-    parts = []
-    for x, y in run.batches:
-        logits, _, stats = run.model(x.to(device), router=router)
-        log_share = logits.log_softmax(-1)
-        loss = -log_share.gather(-1, y.to(device).unsqueeze(-1)).squeeze(-1)
-        entropy = -(log_share.exp() * log_share).sum(-1)
-        parts.append([each.cpu() for each in (loss.float(), entropy.float(), stats.n_taken.movedim(0, -1))])
-    return tuple(torch.cat(each) for each in zip(*parts))
-
-
-def usual_text(lab: Lab, run: Opened) -> tuple[Tensor, ...]:
-    """Batches of the training text, which tell how a trained model routes: (batch_size, T) each."""
-    size, T = run.batches[0][0].shape
-    return run.dataset.train_batch(0, USUAL_TOKENS // T, T, lab.config.seed)[0].to(lab.device).split(size)

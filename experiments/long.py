@@ -1,54 +1,51 @@
-"""In texts of four times the training context, what becomes of experts per token and budget?
+"""In texts of four times the training context, how many experts do tokens get, and does the budget hold?
 
-A strict budget should hold at any length. The caches hold all of the text, so that no window begins anew; the
-text is the model's own (written) or the validation data's (read). Rows are its quarters: "experts per token"
-in that quarter, and "spent", the share of the budget of all tokens so far, at its end. Positions beyond the
-first quarter are new to the model: what it writes gets worse there.
+The paper says that online SeqTopK never overspends; a strict budget should hold at any length. The caches
+hold all of the text, which is the model's own (written) or the validation data's (read). Rows are its
+quarters: "experts per token" in that quarter, and "spent", the share of the budget of all tokens so far, at
+its end. Positions beyond the first quarter are new to the model: what it writes gets worse there.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from experiments import lab
+from experiments.lab import Arm, Judged, Lab, OpenRun, judged, open_run, router_arms, run_question
 
 
-def answer(bench: lab.Lab) -> list[dict]:
-    def judge(arm: lab.Arm, folder: Path) -> Iterator[lab.Judged]:
+def answer(lab: Lab) -> list[dict]:
+    def judge(arm: Arm, run: OpenRun) -> Iterator[Judged]:
         for strict, kind in itertools.product((True, False), ("written", "read")):
-            opened = lab.open_run(bench, folder, strict=strict)
-            experts = written_experts(bench, opened) if kind == "written" else read_experts(bench, opened)
+            opened = open_run(lab, run.folder, strict=strict)
+            experts = read_experts(opened) if kind == "read" else written_experts(opened, lab.config.seed)
             quarters = experts.cpu().unflatten(1, (4, -1)).mean((0, 2, 3))  # (4,)
-            spent = quarters.cumsum(0) / torch.arange(1, 5) / opened.model.config.k
+            spent = quarters.cumsum(0) / torch.arange(1, 5) / run.model.config.k
             for i in range(4):
                 name = f"{arm.name}, {'' if strict else 'not '}strict, {kind}, quarter {i + 1}"
                 yield name, "", {"experts per token": quarters[i].item(), "spent": spent[i].item()}
 
-    return lab.judged(bench, lab.router_arms(["seqtopk", "online_seqtopk"], bench.k), judge)
+    return judged(lab, router_arms(["seqtopk", "online_seqtopk"], lab.k), judge)
 
 
-def written_experts(bench: lab.Lab, opened: lab.Opened) -> Tensor:
+def written_experts(run: OpenRun, seed: int) -> Tensor:
     """Experts (16, T, L) of each token of 16 texts that the model writes, T = 4 * block_size."""
-    model, T = opened.model, 4 * opened.model.config.block_size
-    idx = torch.full((16, 1), opened.dataset.tokenizer.eot, device=bench.device)
-    generator = torch.Generator(bench.device).manual_seed(bench.config.seed)
+    model, T = run.model, 4 * run.model.config.block_size
+    device = model.head.weight.device
+    idx = torch.full((16, 1), run.dataset.tokenizer.eot, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
     chunks = model.generate(idx, T - 1, model.new_cache(16, T), generator=generator)
     return torch.cat([chunk.n_taken for chunk in chunks], dim=1).float()
 
 
 @torch.no_grad()
-def read_experts(bench: lab.Lab, opened: lab.Opened) -> Tensor:
+def read_experts(run: OpenRun) -> Tensor:
     """Experts (16, T, L) of each token of 16 windows of the validation text, T = 4 * block_size."""
-    T = 4 * opened.model.config.block_size
-    x = torch.cat([x for x, _ in opened.dataset.val_batches(T, 16, 16)]).to(bench.device)
-    return opened.model(x, cache=opened.model.new_cache(len(x), T))[2].n_taken.movedim(0, -1).float()
+    model, T = run.model, 4 * run.model.config.block_size
+    x = torch.cat([x for x, _ in run.dataset.val_batches(T, 16, 16)]).to(model.head.weight.device)
+    return model(x, cache=model.new_cache(len(x), T))[2].n_taken.movedim(0, -1).float()
 
 
 if __name__ == "__main__":
-    lab.run(answer)
+    run_question(answer)

@@ -4,26 +4,25 @@ python experiments/report.py table [FILE ...]   all rows of these files (none: o
 python experiments/report.py figures            the figures of README.md, from results/*.json
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experiments.lab import mean_and_error
+
 from config import bad_input_exits, require
 from config.results import RESULTS, lines_of, markdown, read_report, require_matplotlib
-from experiments.lab import mean_and_error
 
 if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NEAR = 0.4  # nats; differences beyond it would flatten all others
+NEAR = 0.4  # nats; larger differences are cut off, because they would flatten all others
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe and Ito
 STYLES = list(itertools.product(("-", "--", ":"), COLOURS))  # of the lines in a figure, one after another
 LOOK = {"font.size": 9, "font.sans-serif": ["DejaVu Sans"], "legend.frameon": False}
@@ -32,7 +31,7 @@ LOOK |= {"svg.fonttype": "none", "svg.hashsalt": "bench"}  # the same results, t
 
 
 def table(path: Path) -> str:
-    """Markdown: each part of a file, with where its rows come from. Raises ValueError if it has none."""
+    """Markdown: each part of a file, below what made it. Raises ValueError if the file has no rows."""
     report = read_report(path)
     source = "`{command}`, {machine}, {dtype}, commit {commit}".format(**report)
     tables = [f"**{part}**: {source}\n\n{rows_table(rows)}" for part, rows in report["parts"].items() if rows]
@@ -41,7 +40,7 @@ def table(path: Path) -> str:
 
 
 def rows_table(rows: list[dict]) -> str:
-    """Markdown of what `show` prints. Names are code: some are of tokens, such as '**' or '`'."""
+    """Markdown of what results.show prints. Names are code, because some have tokens in them: '**' or '`'."""
     head, *body = lines_of(rows)
     fences = ["```" if "`" in name else "`" for name, *_ in body]
     named = [[fence + name + fence, *texts] for fence, (name, *texts) in zip(fences, body)]
@@ -49,7 +48,7 @@ def rows_table(rows: list[dict]) -> str:
 
 
 def save_figures(folder: Path) -> Iterator[str]:
-    """Draw FIGURES into `folder` from the results there: for each a line that says what became of it."""
+    """Draw FIGURES into `folder` from the results there. A line for each says what it was drawn from."""
     require_matplotlib("figures")
     import matplotlib
     from matplotlib.figure import Figure
@@ -91,16 +90,16 @@ def router_of(row: dict) -> str:
 
 
 def draw_routers(losses: "Axes", differences: "Axes", rows: list[dict], routers: list[str]) -> None:
-    """Losses, and differences paired by seed: none for a row that has not the seeds of the first."""
+    """Losses, and differences paired by seed: none for a row whose seeds are not those of the first row."""
     steps = rows[0]["curves"][0]["step"][1:]  # before the first step all are alike
-    base, seeds = losses_of(rows[0])
     for row in rows:
-        (nats, own_seeds), label, place = losses_of(row), router_of(row), routers.index(router_of(row))
+        nats, label, place = losses_of(row), router_of(row), routers.index(router_of(row))
+        paired = [curve["seed"] for curve in row["curves"]] == [curve["seed"] for curve in rows[0]["curves"]]
         draw_band(losses, place, steps, nats, label)
         if "nats, to base" in row:
             middle, error = row["nats, to base"]
             label += f" {middle:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
-        draw_band(differences, place, steps, nats - base if own_seeds == seeds else nats[:0], label)
+        draw_band(differences, place, steps, nats - losses_of(rows[0]) if paired else nats[:0], label)
     bottom, top = differences.get_ylim()
     differences.set_ylim(max(bottom, -NEAR), min(top, NEAR))
     losses.set(xlabel="training step", ylabel="causal validation loss (nats per token)")
@@ -108,15 +107,13 @@ def draw_routers(losses: "Axes", differences: "Axes", rows: list[dict], routers:
     put_legend(differences, "number: that of the table, after the last step")
 
 
-def losses_of(row: dict) -> tuple[np.ndarray, list[int]]:
-    """(seeds, n) after the first step, and the seeds."""
-    return np.array([curve["nats"][1:] for curve in row["curves"]]), [
-        curve["seed"] for curve in row["curves"]
-    ]
+def losses_of(row: dict) -> np.ndarray:
+    """Losses on the way, after the first step: (seeds, n)."""
+    return np.array([curve["nats"][1:] for curve in row["curves"]])
 
 
 def draw_lines(x: str, y: str, figure: "Figure", found: list[tuple[str, dict]]) -> None:
-    """A panel for each file, with a line for each row: its curves' y against their x, two of AXES."""
+    """A panel for each file, with a line for each row: y of its curves against x (keys of AXES)."""
     from matplotlib.ticker import LogFormatter
 
     files: dict[str, list[dict]] = {}
@@ -156,7 +153,7 @@ AXES = {
     "position": "position (a point: the mean of the tokens since the point before)",
     "gap": "online loss less global loss (nats)",
 }
-FIGURES = {  # the questions that each may be drawn from, of which the first that has curves is taken; and how
+FIGURES = {  # each is drawn from the first of these questions that has curves, by this function
     "curves.svg": (("routers", "online", "sparsity"), draw_curves),
     "experts_by_entropy.svg": (("difficulty",), partial(draw_lines, "entropy", "experts")),
     "gap_by_position.svg": (("length",), partial(draw_lines, "position", "gap")),

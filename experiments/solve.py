@@ -1,4 +1,4 @@
-"""What the tasks of this folder share: open any model, let it write answers, count the right ones."""
+"""What the tasks of this folder share: open any model, let it write answers, count those that are right."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,6 +20,7 @@ from model import Chunk, MoEGPT, load_checkpoint
 
 FINAL_LINE = re.compile(FINAL_ANSWER.pattern + r"\s")  # as FINAL_ANSWER, and no more digits can follow
 CHECK_EVERY = 16  # tokens from one look for final answers to the next
+Solved = tuple[bool, float]  # whether an answer is right, and its mean experts per token
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class DecodeOptions(Options):
 
 
 def open_model(machine: results.Machine, run: str, k: int | None = None) -> tuple[MoEGPT, AnyTokenizer, Path]:
-    """The model of init_from, or else of `run`, with that k if any, its tokenizer, and the folder of the run.
+    """The model of init_from (none: of `run`), its tokenizer, and the folder of its run.
 
-    A Hugging Face model has no such folder, and gets out/MODEL.
+    k: as in with_k, None for the model's own. A Hugging Face model has no run, and gets the folder out/MODEL.
     """
     name = machine.config.init_from
     if name and data.is_hugging_face(name):
@@ -56,7 +58,7 @@ def open_model(machine: results.Machine, run: str, k: int | None = None) -> tupl
 
 
 def with_k(model: MoEGPT, k: int) -> MoEGPT:
-    """The same model, from now on with k experts per token on average, and the default bounds."""
+    """The model itself, which from now on has k experts per token on average and the default bounds."""
     changed = replace(model.config, k=k, min_experts=1, max_experts=None)
     for module in (model, *model.expert_layers()):
         module.config = changed
@@ -64,12 +66,10 @@ def with_k(model: MoEGPT, k: int) -> MoEGPT:
 
 
 def test_problems(folder: Path, per_level: int) -> list[dict]:
-    """So many test problems of each level of the arithmetic in a folder, level by level."""
-    levels: dict[int, list[dict]] = {}
-    for line in (folder / "test.jsonl").read_text().splitlines():
-        problem = json.loads(line)
-        levels.setdefault(problem["level"], []).append(problem)
-    return [problem for level in sorted(levels) for problem in levels[level][:per_level]]
+    """The first `per_level` test problems of each level of the arithmetic in a folder, level by level."""
+    problems = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    by_level = [[p for p in problems if p["level"] == n] for n in sorted({p["level"] for p in problems})]
+    return [problem for level in by_level for problem in level[:per_level]]
 
 
 def solve(
@@ -78,23 +78,23 @@ def solve(
     problems: list[dict],
     router: str | None = None,
     batch_size: int = 100,
-) -> list[tuple]:
-    """Of each problem, whether the likeliest answer is right, and the mean experts per token."""
+) -> list[Solved]:
+    """Of each problem, whether the greedy answer is right, and its mean experts per token."""
     solved = []
     for start in tqdm(range(0, len(problems), batch_size), unit="batch", disable=None):
         some = problems[start : start + batch_size]
         room = 32 + max(len(tokenizer.encode(problem["answer"])) for problem in some)
-        answers = answer(model, tokenizer, [prompt_of(p["question"]) for p in some], room, router)
+        answers = answer_prompts(model, tokenizer, [prompt_of(p["question"]) for p in some], room, router)
         solved += [(is_correct(text, p["result"]), experts) for (text, experts), p in zip(answers, some)]
     return solved
 
 
-def answer(
+def answer_prompts(
     model: MoEGPT, tokenizer: AnyTokenizer, prompts: list[str], room: int, router: str | None
 ) -> list[tuple[str, float]]:
-    """Of each prompt, the likeliest continuation, and the mean experts per token of both.
+    """Of each prompt, the greedy continuation, and the mean experts per token of both.
 
-    It ends at end-of-text, after `room` tokens, or some time after the line of its final answer.
+    It ends at end-of-text, after `room` tokens, or up to CHECK_EVERY after the lines of all final answers.
     """
     device, pad = model.head.weight.device, partial(pad_sequence, batch_first=True, padding_side="left")
     ids = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
@@ -113,11 +113,18 @@ def answer(
 
 
 def continuations(tokenizer: AnyTokenizer, chunks: list[Chunk]) -> list[str]:
-    """Texts of what was generated after the prompt, which is the first of the chunks."""
+    """What was written after each prompt; the prompts are the first of the chunks."""
     if len(chunks) == 1:
         return [""] * len(chunks[0].tokens)
     tokens, real = (torch.cat([getattr(c, name) for c in chunks[1:]], dim=1) for name in ("tokens", "active"))
     return [tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens, real)]
+
+
+def score(what: str, solved: list[Solved]) -> dict:
+    """The row of a task."""
+    right, experts = zip(*solved)
+    row = {"what": what, "problems": len(right), "exact match": wilson(sum(right), len(right))}
+    return row | {"experts per token": mean(experts)}
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> list[float]:

@@ -2,24 +2,24 @@
 
     python experiments/switch.py --init_from=allenai/OLMoE-1B-7B-0924 --text=FILE
 
-TopK, SeqTopK and online SeqTopK at K = 8, 4 and 2, on a text of yours. SeqTopK as it trains sees tokens
-that come later, so its loss is no likelihood of the text; that of online SeqTopK, which sees none, is what a
-user of the model would get.
+The paper's OLMoE loses little: without tuning, its mean over five tasks is 29.74 under TopK and 29.34 under
+online SeqTopK. Here it is the loss on a text of yours, under TopK, SeqTopK and online SeqTopK at K = 8, 4 and
+2. SeqTopK sees tokens that come later, so its loss is no likelihood of the text. That of online SeqTopK,
+which sees none, is what a user of the model would get.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from experiments import solve
+from experiments.lab import Lab, run_question
+
 import data
 from config import require
 from data.source import read_text
-from experiments import lab, solve
 from router import ROUTERS
 from train import evaluate_text
 
@@ -35,10 +35,10 @@ class Options(solve.Options):
     batch_size: int = 8  # windows at once
 
 
-def answer(bench: lab.Lab) -> list[dict]:
-    config = bench.config
+def answer(lab: Lab) -> list[dict]:
+    config = lab.config
     require(config.text is not None, "text", config.text, "the path of a text: --text=FILE")
-    model, tokenizer, folder = solve.open_model(bench, "out/small_topk")
+    model, tokenizer, folder = solve.open_model(lab, "out/small_topk")
     require(bool(model.expert_layers()), "the model", "dense", "one with experts")
     text = np.array(tokenizer.encode(read_text(Path(config.text))))
     tokens = config.tokens or max(1, min(model.config.block_size, 1024, len(text) - 1))
@@ -55,4 +55,4 @@ def answer(bench: lab.Lab) -> list[dict]:
 
 
 if __name__ == "__main__":
-    lab.run(answer, Options)
+    run_question(answer, Options)

@@ -22,6 +22,14 @@ def on_cpu(**options):
     return Bench.of(BenchOptions(device="cpu", dtype="float32", effort=0, **options))
 
 
+def part_of(rows):
+    def part(measure):
+        """What is known."""
+        return rows
+
+    return part
+
+
 @pytest.fixture
 def run(capsys):
     """Run bench.py; returns what its last line says, and all that it printed."""
@@ -103,7 +111,7 @@ def test_part_gives_what_it_promises(part, run):
         for middle, low, high in (row[k] for k in row if results.is_ratio(k) and isinstance(row[k], list)):
             assert 0 < low <= middle <= high
     if part == "train":
-        assert [row["what"].split(",")[0] for row in rows] == bench.PLAIN
+        assert [row["what"].split(",")[0] for row in rows] == bench.BOUNDED
 
 
 def test_cache_has_a_row_for_each_length(run):
@@ -164,10 +172,11 @@ def test_a_part_that_fails_leaves_what_was_measured(run, monkeypatch, error, aft
     """Its name and exit code 1 say so; after Ctrl-C no part begins, after any other failure the rest do."""
 
     def fail(measure):
+        """Cannot."""
         raise error
 
     rows = [{"what": "x", "ms": 1.0}]
-    parts = {"cache": lambda measure: rows, "broken": fail, "router": lambda measure: rows}
+    parts = {"cache": part_of(rows), "broken": fail, "router": part_of(rows)}
     monkeypatch.setattr(bench, "PARTS", parts)
     report, _ = run(*TOY, failed=["broken"])
     assert report["parts"] == {"cache": rows} | ({"router": rows} if after else {})
@@ -224,7 +233,7 @@ def test_results_are_not_replaced_by_nothing(run, tmp_path, monkeypatch):
     for path in (new, old):
         with pytest.raises(ValueError, match="k is 99"):
             bench.main(["router", "--k=99", f"--json={path}"])
-    monkeypatch.setattr(bench, "PARTS", {"none": lambda measure: []})
+    monkeypatch.setattr(bench, "PARTS", {"none": part_of([])})
     assert "old.json is left as it was" in run("none", f"--json={old}")[1]
     assert old.read_text() == "mine" and not new.exists()
 
@@ -234,6 +243,6 @@ def test_plot_needs_matplotlib_or_draws(run, tmp_path, monkeypatch):
     if importlib.util.find_spec("matplotlib"):
         run("cache", *TOY, f"--plot={path}")
         assert path.stat().st_size > 1000
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         bench.main(["cache", f"--plot={path}"])

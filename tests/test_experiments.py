@@ -20,13 +20,14 @@ import pytest
 import torch
 from reference import ref_online_seqtopk, ref_seqtopk
 
+from experiments import arithmetic, batches, difficulty, lab, length, prune, report, routers, solve, sparsity
+from experiments.lab import Arm, Lab, OptionsWithK
+
 import data
 import train
 from config import bad_input_exits, parse, results
 from data.arithmetic.prepare import SPLIT, document, prompt_of
 from data.arithmetic.problems import make_problem
-from experiments import arithmetic, batches, difficulty, lab, length, prune, report, routers, solve, sparsity
-from experiments.lab import Arm, Lab, OptionsK
 from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
 from router import ROUTERS
 
@@ -101,7 +102,9 @@ def ask(tmp_path_factory, gap):
             return rows[name]
 
         ask.folder, ask.docs = folder, docs
-        ask.lab = Lab.of(OptionsK(config=f"{folder}/config.py", device="cpu", dtype="float32", seeds=2, k=2))
+        ask.lab = Lab.of(
+            OptionsWithK(config=f"{folder}/config.py", device="cpu", dtype="float32", seeds=2, k=2)
+        )
         yield ask
 
 
@@ -433,7 +436,7 @@ def test_the_rows_of_gap_are_losses_under_the_usual_prior(ask, gap):
         routing = run.model(x, router="seqtopk")[2].routing
     for layer, seen in zip(run.model.expert_layers(), routing, strict=True):
         layer.state.prior = gap.prior(seen.scores, 2, 64)
-    found = lab.judge_text(run, run.decode)["loss"]
+    found = run.evaluate(run.decode)["loss"]
     (one,) = (r for r in gap.answer(changed(ask.lab, seeds=1)) if r["what"] == "seqtopk, k=2, n0=64")
     assert one["nats"][0] == pytest.approx(found, rel=1e-6)
     assert one["nats"][0] != rows["seqtopk, k=2, n0=0"]["nats"][0]
@@ -450,7 +453,7 @@ def test_experts_without_a_token_are_dropped_for_nothing(ask):
     x, bias = usual_text(ask, run), torch.zeros(12).index_fill_(0, torch.tensor([1, 5, 11]), -100.0)
     for layer in run.model.expert_layers():
         layer.bias.copy_(bias)
-    smaller = prune.without_least_used(ask.lab, run)
+    smaller = prune.without_least_used(run, ask.lab.config.seed)
     assert torch.equal(smaller(x, router=run.decode)[0], run.model(x, router=run.decode)[0])
     assert all(torch.equal(layer.bias, bias) for layer in run.model.expert_layers())
 
@@ -461,7 +464,7 @@ def test_the_least_used_quarter_is_dropped(ask, router):
     run = opened(ask, router)
     x = usual_text(ask, run)
     load = run.model(x, router=run.decode)[2].load.tolist()
-    found = prune.without_least_used(ask.lab, run)(x, router=run.decode)[2].load
+    found = prune.without_least_used(run, ask.lab.config.seed)(x, router=run.decode)[2].load
     for before, after in zip(load, found, strict=True):
         dropped = sorted(range(12), key=lambda e: (-before[e], e))[9:]
         assert not after[dropped].any() and (after > 0).sum() > 3
@@ -469,7 +472,7 @@ def test_the_least_used_quarter_is_dropped(ask, router):
 
 def test_more_experts_per_token_than_are_kept_is_one_line(ask):
     with pytest.raises(ValueError, match=r"^k is 10, .*\b9\b[^\n]*$"):
-        prune.without_least_used(ask.lab, opened(ask, "topk", k=10))
+        prune.without_least_used(opened(ask, "topk", k=10), ask.lab.config.seed)
 
 
 # -------- judging
@@ -479,8 +482,8 @@ def test_by_token_is_the_loss_token_by_token(ask):
     """The means of by_token are evaluate_text's; entropy and experts are those of the model's own forward."""
     run = opened(ask, "seqtopk")
     for router in ("topk", "seqtopk", "online_seqtopk"):
-        loss, entropy, experts = lab.by_token(run, router)
-        found = lab.judge_text(run, router)
+        loss, entropy, experts = run.by_token(router)
+        found = run.evaluate(router)
         assert loss.mean().item() == pytest.approx(found["loss"], rel=1e-5)
         assert experts.float().mean().item() == pytest.approx(found["experts"][0], rel=1e-5)
     assert loss.shape == entropy.shape == experts.shape[:2] == (40, 32) and experts.shape[2] == 2
@@ -496,16 +499,16 @@ def test_by_token_is_the_loss_token_by_token(ask):
 def test_only_what_is_learned_counts_in_a_loss(ask):
     """Targets of -1 are in no mean and have no bytes, however many a batch has of them."""
     run = opened(ask, "seqtopk")
-    loss, _, _ = lab.by_token(run, "topk")
+    loss, _, _ = run.by_token("topk")
     learned = torch.rand(loss.shape, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.1, 1, 32)
     xs, targets = (torch.cat(parts) for parts in zip(*run.batches))
     batches = list(zip(xs.split(8), targets.masked_fill(~learned, -1).split(8), strict=True))
-    found = lab.judge_text(run._replace(batches=batches), "topk")
+    found = run._replace(batches=batches).evaluate("topk")
     n_bytes = run.dataset.tokenizer.token_bytes[targets[learned]].sum()
     assert found["loss"] == pytest.approx(loss[learned].mean().item(), rel=1e-5) and found["experts"][0] == 2
     assert found["bpb"] == pytest.approx(loss[learned].sum().item() / math.log(2) / n_bytes, rel=1e-5)
     with pytest.raises(ValueError, match="all tokens are learned"):
-        lab.by_token(run._replace(dataset=replace(run.dataset, val_answers=object())), "topk")
+        run._replace(dataset=replace(run.dataset, val_answers=object())).by_token("topk")
 
 
 def test_a_run_opens_changed(ask):
@@ -546,7 +549,7 @@ def test_figures_have_the_exact_match(ask, own, monkeypatch):
     answers = {prompt_of(f"{n}?"): (f"#### {3 if n == 1 else n}\n", 2) for n in range(4)}
     monkeypatch.setattr(lab, "PROBLEMS", 2)
     monkeypatch.setattr(
-        solve, "answer", lambda model, tokenizer, prompts, *rest: [answers[p] for p in prompts]
+        solve, "answer_prompts", lambda model, tokenizer, prompts, *rest: [answers[p] for p in prompts]
     )
     (found,) = lab.compare(here, lab.router_arms(["topk"], 2))
     assert found["exact match"] == [0.75, None]
@@ -556,7 +559,7 @@ def test_figures_have_the_exact_match(ask, own, monkeypatch):
 def test_a_dense_model_stands_beside_routers(ask):
     """It has losses, and nothing to say of experts."""
     arms = lab.router_arms(["topk"], 2)
-    arms.append(Arm("dense", routers.recipe(ask.lab, "dense", 2), "topk, k=2"))
+    arms.append(Arm("dense", routers.recipe(ask.lab.shared, "dense", 2), "topk, k=2"))
     topk, dense = lab.compare(ask.lab, arms)
     assert "experts per token" in topk and "experts per token" not in dense
     assert len(dense["nats, to base"]) == 2 and len(results.lines_of([topk, dense])) == 3
@@ -569,8 +572,8 @@ def test_a_dense_model_stands_beside_routers(ask):
 @pytest.mark.parametrize("router", [*ROUTERS, "loss_free", "dense"])
 def test_the_recipe_of_each_router_is_accepted(router, quick):
     """train.py takes the settings with which a router is compared, and they are what its row needs."""
-    here = Lab.of(OptionsK(quick=quick, device="cpu"))
-    arm = Arm(router, routers.recipe(here, router, 2), router)
+    here = Lab.of(OptionsWithK(quick=quick, device="cpu"))
+    arm = Arm(router, routers.recipe(here.shared, router, 2), router)
     argv = lab.command_line(arm, lab.run_settings(here.config, arm, 1))[2:]
     config = train.TrainConfig(**parse(argv, train.TrainConfig)[0])
     assert config.router == {"loss_free": "topk", "dense": "topk"}.get(router, router)
@@ -586,16 +589,16 @@ def test_the_recipe_of_each_router_is_accepted(router, quick):
 
 def test_a_run_has_a_folder_of_its_settings(tmp_path):
     """Other settings, another seed and --quick have another folder; their order makes none."""
-    options, one = OptionsK(), Arm("a", {"router": "seqtopk", "k": 2}, "a")
+    options, one = OptionsWithK(), Arm("a", {"router": "seqtopk", "k": 2}, "a")
     folder = lab.run_folder(options, one, 1)
     other = Arm("another name", {"k": 2, "router": "seqtopk"}, "b")
     assert lab.run_folder(options, other, 1) == folder
-    more = lab.vary(one, max_experts=3)
+    more = one.vary(max_experts=3)
     assert (more.base, more.name) == ("a", "a, max_experts=3") and "max_experts" not in one.settings
     config = tmp_path / "compare.py"  # the same name, another setting
     config.write_text("from config.compare import *\nlearning_rate = 1e-3\n")
-    folders = {folder, lab.run_folder(options, one, 2), lab.run_folder(OptionsK(quick=True), one, 1)}
-    folders |= {lab.run_folder(options, more, 1), lab.run_folder(OptionsK(config=str(config)), one, 1)}
+    folders = {folder, lab.run_folder(options, one, 2), lab.run_folder(OptionsWithK(quick=True), one, 1)}
+    folders |= {lab.run_folder(options, more, 1), lab.run_folder(OptionsWithK(config=str(config)), one, 1)}
     folders |= {lab.run_folder(options, replace(one, after=after), 1) for after in (more, other)}
     assert len(folders) == 7
 
@@ -651,7 +654,7 @@ def test_the_budget_is_of_the_question_and_in_minutes(ask, monkeypatch):
     """All trainings of a question share one deadline; what has no budget begins."""
     now = [0.0]
     monkeypatch.setattr(lab.time, "monotonic", lambda: now[0])
-    assert Lab.of(OptionsK()).deadline == math.inf
+    assert Lab.of(OptionsWithK()).deadline == math.inf
     here, never = changed(ask.lab, budget=2.0), Arm("never", {"router": "topk", "learning_rate": 0.5}, "")
     assert here.deadline == 120.0
     now[0] = 121.0
@@ -837,7 +840,7 @@ def test_without_time_or_with_runs_that_fail_no_results_are_replaced(command, ow
         (sparsity, lab.Options, ["--k=4"], ["unknown key 'k'"]),
         (sparsity, lab.Options, ["--seeds=0"], ["seeds", "at least 1"]),
         (sparsity, lab.Options, ["--config=config/compar.py"], ["config/compar.py", "did you mean"]),
-        (batches, OptionsK, ["--k=2", "--config=config/small_dense.py"], ["n_expert", "at least 2"]),
+        (batches, OptionsWithK, ["--k=2", "--config=config/small_dense.py"], ["n_expert", "at least 2"]),
         (arithmetic, arithmetic.Options, ["--init_from=nowhere/x"], ["nowhere"]),
     ],
 )
@@ -849,6 +852,14 @@ def test_bad_input_is_one_line(module, options, argv, words, capsys, monkeypatch
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert all(word in error for word in words)
+
+
+def test_a_question_is_a_script(tmp_path):
+    """Started by its path, from any folder, it finds what it imports: its neighbours and the folder above."""
+    script = results.HOME / "experiments" / "arithmetic.py"
+    command = [sys.executable, str(script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and arithmetic.__doc__.strip() in done.stdout, done.stderr
 
 
 # -------- problems and their answers

@@ -12,11 +12,12 @@ import pytest
 import torch
 from runs import ROOT, RUN, SHAPE, assert_same, error_line, flags
 
+from experiments import gsm8k, lab, solve, switch
+
 import data
 import train
 from data.arithmetic.prepare import prompt_of
 from data.gsm8k import prepare
-from experiments import gsm8k, lab, solve, switch
 from model import Chunk, MoE, MoEGPT, load_checkpoint
 from train import RoundingAdamW, TrainConfig, round_at_random
 
@@ -277,7 +278,7 @@ def test_exact_match(tuned, dataset, capsys, shots, monkeypatch):
     assert len(kept) == 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(solve, "answer", None)
+        patch.setattr(solve, "answer_prompts", None)
         assert measure(capsys, *argv) == [row]
     [(path, text)] = kept.items()
     path.write_text(text[:-9])  # as a crash may leave it
@@ -301,7 +302,7 @@ def test_right_answers_are_counted(problems, tmp_path, capsys, monkeypatch):
             answers[prompts.index(wrong)] = f" #### $1\n\nQuestion: And?\nAnswer: {right[wrong]}"
         return [(text, 2.0) for text in answers]
 
-    monkeypatch.setattr(solve, "answer", answer)
+    monkeypatch.setattr(solve, "answer_prompts", answer)
     [row] = measure(capsys, gsm8k, *flags(init_from=run, dataset=tmp_path / "data"))
     assert row["problems"] == len(tested) > 1 and row["experts per token"] == 2
     assert row["exact match"][0] == pytest.approx(1 - 1 / len(tested), rel=1e-4)
@@ -335,7 +336,7 @@ def test_generation_ends_after_the_final_answers():
 
     head = SimpleNamespace(weight=torch.zeros(1))
     model = SimpleNamespace(head=head, new_cache=lambda *size: None, generate=generate)
-    (first, mean), (second, _) = solve.answer(model, tokenizer, ["ab", "a"], 150, None)
+    (first, mean), (second, _) = solve.answer_prompts(model, tokenizer, ["ab", "a"], 150, None)
     assert first.startswith("a #### 12\nQ") and len(first) <= 2 * solve.CHECK_EVERY and second == "#### 1"
     assert mean == pytest.approx((2 + 3 * len(first)) / (2 + len(first)))
 
