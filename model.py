@@ -127,7 +127,7 @@ MOVED = dict.fromkeys(("seqtopk_discount", "online_seqtopk_discount"), "experime
 def known_routers(name: str) -> str:
     """What a message says of the routers that there are, when `name` is none of them."""
     file = MOVED.get(name, "FILE.py")
-    return f"one of {', '.join(ROUTERS)}, or defined in a file that is given too: python SCRIPT.py {file} ..."
+    return f"one of {', '.join(ROUTERS)}, or defined in a file that is given too: python SCRIPT.py {file}"
 
 
 def check_router(config: MoEConfig, name: str) -> None:

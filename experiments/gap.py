@@ -90,6 +90,7 @@ def online_seqtopk_prior(
 ROUTERS["online_seqtopk_prior"] = ROUTERS["online_seqtopk"]._replace(
     select=online_seqtopk_prior,
     decode="online_seqtopk_prior",
+    options=(*ROUTERS["online_seqtopk"].options, "state"),
     cache=None,
     state=lambda config: {"prior": torch.empty(0)},
 )

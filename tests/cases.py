@@ -135,7 +135,7 @@ def select(name: str, scores: Tensor, k: int = 2, **settings) -> Tensor:
     sizes = {"n_expert": E // 2, "n_null": E // 2} if "n_null" in row.options else {"n_expert": E}
     config = config_of(name, k=k, **sizes, **settings)
     told = config.options_of(row)
-    if row.state:
+    if "state" in row.options:
         told["state"] = {key: x.to(scores.device) for key, x in row.state(config).items()}
     return row.select(scores, k, **told)
 

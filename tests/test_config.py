@@ -100,7 +100,7 @@ def test_wrong_type_on_the_command_line(text):
 
 
 WRONG = "n_layer=4.0 n_layer='4' n_layer=True n_layer=None learning_rate='1e-3' learning_rate=float('nan')"
-WRONG += " learning_rate=10**400 flash=1 out_dir=3 out_dir=None out_dir=print resume=[]"
+WRONG += " learning_rate=10**400 flash=1 out_dir=3 out_dir=None resume=[]"
 
 
 @pytest.mark.parametrize("line", WRONG.split())
@@ -138,6 +138,7 @@ def test_a_file_has_functions_and_values_of_its_own(config, monkeypatch):
     shop = ModuleType("shop")
     monkeypatch.setitem(sys.modules, "shop", shop)
     assert given(config(OWN)) == {"n_layer": 3}
+    assert given(config("from shutil import copy as flash", "b.py")) == {}  # whose name is also a setting
     compiled = torch.compile(lambda x: shop.quarter(x), backend="eager", fullgraph=True)
     assert compiled(torch.tensor(12.0)) == shop.quarter(12) == 3
 
@@ -167,7 +168,10 @@ def test_a_file_can_build_on_another(config, tmp_path, monkeypatch):
         ("--learning-rate=2", "did you mean learning_rate?"),
         ("--zzz=1", "unknown key 'zzz' on the command line; --help lists all keys"),
         ("a.py", "unknown key 'n_lyer' in a.py; did you mean n_layer?; --help lists all keys"),
-        *((f"{i}.py", f"unknown key 'DECAY' in {i}.py; --help lists all keys; a name") for i in range(4)),
+        *(
+            (f"{i}.py", f"unknown key 'DECAY' in {i}.py; --help lists all keys; a file's own")
+            for i in range(4)
+        ),
         ("tiny_topk2.py", "config file 'tiny_topk2.py' does not exist; did you mean tiny_topk.py?"),
         ("nowhere/x.py", "config file 'nowhere/x.py' does not exist"),
         ("n_layer=2", "a setting is written --n_layer=2"),

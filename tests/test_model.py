@@ -818,8 +818,14 @@ CALLS_REFUSED = [
     (lambda model: MoEGPT.from_checkpoint(DISCOUNT), "router is .* file .* experiments/discount.py"),
     *((under(name), f"router is {name}, .* topk, online_seqtopk.*") for name in NOT_CAUSAL),
     *((under(name), message) for name, message in NEEDS.items()),
-    (lambda model: under("remoe")(make(score_fn="relu")), "router is remoe, .* seqtopk, .* learned .*"),
-    (lambda model: make(score_fn="relu")(tokens(1, 4), router="remoe"), "router is remoe, .* learned .*"),
+    (
+        lambda model: under("expert_threshold")(make(score_fn="sigmoid")),
+        "router is expert_threshold, .* seqtopk, .* learned .*",
+    ),
+    (
+        lambda model: make(score_fn="sigmoid")(tokens(1, 4), router="expert_threshold"),
+        "router is expert_threshold, .* learned .*",
+    ),
     (sampled(temperature=-0.1), "temperature is -0.1, .* at least 0"),
     (sampled(temperature=math.nan), "temperature is nan, .* at least 0"),
     (sampled(top_k=0), "top_k is 0, .* at least 1"),

@@ -1,5 +1,8 @@
 """A router in a file of one's own: train.py and sample.py take it from there; nothing else changes."""
 
+import re
+import shlex
+
 import pytest
 import torch
 from runs import (
@@ -17,7 +20,7 @@ from runs import (
 import sample
 import train
 from model import load_checkpoint
-from router import ROUTERS
+from router import ROUTERS, Router, seqtopk, topk
 
 FILES = {
     "relative": """
@@ -49,7 +52,7 @@ def move(state, routing, config):
     return {"head_start": state["head_start"] + 0.01 * lack, "updates": state["updates"] + 1}
 
 ROUTERS["fair"] = Router(
-    fair, causal=True, exact=True, decode="fair", state=start, loss=pull, update=move
+    fair, causal=True, exact=True, decode="fair", options=("state",), state=start, loss=pull, update=move
 )
 """,
 }
@@ -116,7 +119,7 @@ def test_without_its_file_it_is_refused(own, capsys):
     ):
         err = error_line(capsys, main, *argv)
         assert f"router is {name}, but must be one of topk, " in err
-        assert "defined in a file that is named first: python SCRIPT.py FILE.py" in err
+        assert "defined in a file that is given too: python SCRIPT.py FILE.py" in err
 
 
 def test_a_topk_run_goes_on_under_it(own, dataset, tmp_path):
@@ -151,3 +154,66 @@ def test_state_loss_and_update_all_count(dataset, tmp_path):
     assert_same({key: models["no update"][key] for key in topk}, topk)
     heads = [model["head.weight"] for model in models.values()]
     assert not any(torch.equal(heads[a], heads[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def relative(scores, k):
+    return scores >= 0.5 * scores.amax(-1, keepdim=True)
+
+
+ROW = Router(relative, causal=True, exact=False, decode="relative")
+WRONG = {
+    "no row": (relative, "the row of router relative is function, but must be a router.Router"),
+    "no such stand-in": (
+        ROW._replace(decode="topp"),
+        "decode of router relative is topp, .* causal",
+    ),
+    "stand-in that sees": (ROW._replace(decode="seqtopk"), "decode of router relative is seqtopk, .* causal"),
+    "stand-in that learns": (ROW._replace(decode="remoe", select=topk), None),
+    "stand-in whose state it lacks": (ROW._replace(decode="expert_threshold"), "decode .* without a state"),
+    "option": (ROW._replace(options=("width",)), "an option of router relative is width, .* MoEConfig"),
+    "not exact": (ROW._replace(exact=True), r"router relative is exact, its pairs is \d+, .* B\*T\*k = 64"),
+    "not causal": (
+        ROW._replace(select=seqtopk),
+        "causal of router relative is True, .* come later",
+    ),
+    "shape": (ROW._replace(select=lambda s, k: s[:1] > 0), "returns is torch.bool .1, 16, 4., .* .2, 16, 4"),
+    "dtype": (ROW._replace(select=lambda s, k: s), "what router relative returns is torch.float32"),
+    "no tensor": (ROW._replace(select=lambda s, k: None), "what router relative returns is NoneType"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_row_that_breaks_its_word_is_refused(dataset, tmp_path, monkeypatch, capsys, wrong):
+    """Before a run begins, in one line: a row of other types and names, and a router that does not do what
+    its row promises. A stand-in may learn if it does not read its state."""
+    row, words = WRONG[wrong]
+    monkeypatch.setitem(ROUTERS, "relative", row)
+    argv = flags(**TINY | {"max_iters": 1}, dataset=dataset, out_dir=tmp_path / "run", router="relative")
+    if words is None:
+        return train.main(argv)
+    assert re.search(words, error_line(capsys, train.main, *argv))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_is_not_inherited_from_another_router(dataset, tmp_path):
+    """A router whose state has the names of another's begins anew."""
+    settings = {"score_fn": "sigmoid", "dataset": dataset, "out_dir": tmp_path / "threshold"}
+    train.main(flags(**TINY | settings, router="expert_threshold"))
+    file = tmp_path / "fair.py"
+    file.write_text(FILES["fair"])
+    more = settings | {"init_from": settings["out_dir"], "out_dir": tmp_path / "fair", "max_iters": 2}
+    train_with(file, router="fair", **more)
+    weights = load_checkpoint(tmp_path / "fair" / "last.pt")["model"]
+    assert weights["blocks.0.mlp.state.updates"] == 2 and "blocks.0.mlp.state.cutoff" not in weights
+
+
+def test_hints_name_the_file(own, dataset, tmp_path, capsys, monkeypatch):
+    """What train.py says to type next, after Ctrl-C and at the end, works: it names the router's file."""
+    name, file, _ = own
+    when(monkeypatch, 2, interrupt)
+    with pytest.raises(SystemExit):
+        train_with(file, dataset=dataset, out_dir=tmp_path / "run", router=name)
+    hint = re.search(r"python train.py (.*)", capsys.readouterr().out)[1]
+    command(train.main, *shlex.split(hint), "--sample_tokens=2")
+    hint = re.search(r"--- more: python sample.py (.*)", capsys.readouterr().out)[1]
+    command(sample.main, *shlex.split(hint), "--max_new_tokens=2", "--device=cpu")

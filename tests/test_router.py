@@ -116,7 +116,7 @@ REFERENCES = {
     "expert_choice": ref_expert_choice,
     "top_p": ref_top_p,
     "expert_threshold": lambda scores, k, state: ref_expert_threshold(scores, state["cutoff"]),
-    "remoe": lambda scores, k, state: ref_remoe(scores, k),
+    "remoe": ref_remoe,
 }
 
 
@@ -128,7 +128,6 @@ def ways(name: str, c: Case) -> list[dict]:
         "online_seqtopk": [c.bounds | how for how in STRICT],
         "top_p": [{"mass": MASSES[c.seed]}],
         "expert_threshold": [{"state": {"cutoff": c.scores[0, -1]}}],  # scores of a token: ties with itself
-        "remoe": [{"state": {}}],
     }.get(name, [{}])
 
 
@@ -663,13 +662,14 @@ def test_an_update_is_a_new_state_of_the_same_form(name):
 @each_kind
 def test_cutoffs_are_moving_averages_of_the_kth_best_scores(kind, k):
     """Of each layer and expert: the score at rank S*k/E, and at least at rank 1, over all sequences; the
-    newest weighs max(0.001, 10 / (n + 10)) after n updates (arXiv 2603.11535, algorithm 1)."""
+    newest weighs max(0.001, 10 / (n + 10)) after n updates for this k (arXiv 2603.11535, algorithm 1)."""
     config, old = config_of("expert_threshold", n_expert=8, k=k), make_scores("softmax", 1, 3, 8, 1)[0]
-    for n, T in (0, 1), (1, 3), (10, 11), (9_989, 11), (10**6, 11):
+    for n, T, of_k in (0, 1, k), (1, 3, k), (10, 11, k), (9_989, 11, k), (10**6, 11, k), (50, 11, k + 1):
         scores = torch.stack([make_scores(kind, 2, T, 8, layer) for layer in range(3)])
-        state = {"cutoff": old, "updates": torch.full((3,), n)}
+        state = {"cutoff": old, "k": torch.full((3,), of_k), "updates": torch.full((3,), n)}
         new = ROUTERS["expert_threshold"].update(state, routing(scores), config)
-        assert new["updates"].tolist() == [n + 1] * 3
+        n = n if of_k == k else 0  # another k begins a new average
+        assert new["updates"].tolist() == [n + 1] * 3 and new["k"].tolist() == [k] * 3
         rank, weight = max(1, 2 * T * k // 8), max(0.001, 10 / (n + 10))
         for layer, e in product(range(3), range(8)):
             kth = sorted(scores[layer, ..., e].flatten().tolist(), reverse=True)[rank - 1]

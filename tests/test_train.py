@@ -645,7 +645,7 @@ def test_stopped_anywhere_a_run_goes_on(start, after, dataset, topk_run, tmp_pat
     for bit: checkpoints and log become those of a run that nothing stopped. Signals do what they did."""
     settings = {"max_iters": 8} | settings | ({"init_from": topk_run} if "init_from" in settings else {})
     straight, handlers = start("straight", **settings), list(map(signal.getsignal, signal.Signals))
-    folder, command = tmp_path / "run", f"python train.py --init_from=resume --out_dir={tmp_path / 'run'}"
+    folder, command = tmp_path / "run", f"python train.py --out_dir={tmp_path / 'run'} --init_from=resume"
     argv = flags(**TINY | settings, dataset=dataset, out_dir=folder)
     for step, how, saved in stops:
         after(step, how)
