@@ -31,7 +31,7 @@ from tqdm import tqdm
 from experiments import solve
 
 import data
-from config import bad_input_exits, read_file, require, results
+from config import PLAIN, bad_input_exits, read_file, require, results
 from model import MoEConfig, MoEGPT, load_checkpoint
 from router import ROUTERS
 from train import evaluate_text
@@ -101,7 +101,7 @@ class Lab(results.Machine):
         Raises ValueError where max_iters or batch_size is missing, and for a dense model.
         """
         name = self.config.config
-        settings = asdict(MoEConfig()) | read_file(name)
+        settings = asdict(MoEConfig()) | file_settings(name)
         for key in ("max_iters", "batch_size"):
             require(key in settings, f"{key} in {name}", "not said", "said there, for the runs to share it")
         n_expert = settings["n_expert"]
@@ -255,9 +255,14 @@ def trained(lab: Lab, arms: list[Arm]) -> Iterator[tuple[Arm, int, Path]]:
                 lab.missing.append(name)
 
 
+def file_settings(name: str) -> dict[str, object]:
+    """What a config file sets, without what is no setting, such as a table that it has imported."""
+    return {key: value for key, value in read_file(name).items() if isinstance(value, PLAIN)}
+
+
 def run_settings(config: Options, arm: Arm, seed: int) -> dict[str, object]:
     """What train.py is told for a run, apart from its folder."""
-    settings = read_file(config.config) | arm.settings
+    settings = file_settings(config.config) | arm.settings
     if config.quick:
         settings |= {key: max(1, settings[key] // QUICK) for key in QUICKENED if key in settings}
     where = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
