@@ -59,7 +59,8 @@ class MoEConfig:
     mass: float = 0.4  # top_p: the share of a token's scores that its experts have together
     n_null: int = 0  # null_experts: experts that do nothing, beside the n_expert
     score_fn: str = "softmax"  # scores from the gate's logits: softmax, sigmoid or relu
-    norm_topk: bool = False  # weights of a token's chosen experts sum to 1
+    norm_topk: bool = False  # weights of a token's chosen experts sum to 1, whatever norm_best says
+    norm_best: int | None = None  # weights sum to 1 over so many of a token's best scores (none: k; 0: raw)
     qkv_bias: bool = False  # a bias is added to queries, keys and values
     qk_norm: str = "none"  # RMSNorm on queries and keys: none, head (each by itself) or full (all at once)
     tie_embeddings: bool = False  # the output head shares the token embedding's weights
@@ -99,6 +100,10 @@ class MoEConfig:
     @property
     def kv_heads(self) -> int:
         return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def best(self) -> int:
+        return self.k if self.norm_best is None else self.norm_best
 
     @property
     def dense_width(self) -> int:
@@ -420,8 +425,10 @@ class MoE(nn.Module):
         mask = self.select(scores.detach() + bias, context, cache)  # (B, T, E)
         routing = Routing(logits, scores, mask)
         mask, weight = mask[..., : self.config.n_expert], scores[..., : self.config.n_expert]  # real experts
-        if self.config.norm_topk:  # without the bias: that one selects, and never weighs
+        if self.config.norm_topk:
             weight = weight / (weight * mask).sum(-1, keepdim=True).clamp(min=1e-9)
+        elif best := self.config.best:  # whatever the router chose, and without the bias, which never weighs
+            weight = weight / scores.topk(best, dim=-1).values.sum(-1, keepdim=True).clamp(min=1e-9)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)  # grouped_mm knows nothing of autocast

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
@@ -45,6 +46,7 @@ from model import (
     require,
     save_checkpoint,
 )
+from optimizers import Muon, RoundingAdamW
 from router import (
     L1_COEF,
     ROUTERS,
@@ -70,11 +72,13 @@ class TrainConfig(MoEConfig):
     max_iters: int = 1000  # iterations: steps of the optimiser
     first_router: str | None = None  # the router of the first first_iters iterations (none: router)
     first_iters: int = 0  # iterations under first_router
-    learning_rate: float = 1e-3  # the highest
+    optimizer: str = "muon"  # of the matrices inside blocks: muon or adamw; all else has AdamW
+    learning_rate: float = 1e-3  # AdamW's highest
+    muon_learning_rate: float = 1e-2  # Muon's highest
     warmup_iters: int = 100  # iterations of linear warm-up
     lr_decay_iters: int | None = None  # the cosine reaches min_lr here (none: max_iters)
-    min_lr: float | None = None  # none: learning_rate / 10
-    weight_decay: float = 0.1  # of matrices; vectors have none
+    final_lr: float = 0.1  # the learning rates at the end, as a share of the highest
+    weight_decay: float = 0.1  # AdamW's, of matrices; vectors and gates have none
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
     grad_clip: float = 1.0  # largest norm of the gradient (0: any)
@@ -104,18 +108,24 @@ class TrainConfig(MoEConfig):
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.log_interval >= 1, "log_interval", self.log_interval, "at least 1")
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        for name in ("learning_rate", "muon_learning_rate"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("warmup_iters", "sample_tokens", "weight_decay", "grad_clip"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("balance_coef", "entropy_coef", "z_coef", "bias_rate", "first_iters"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
-        require(self.min_lr is None or self.min_lr >= 0, "min_lr", self.min_lr, "at least 0, or none")
+        require(0 <= self.final_lr <= 1, "final_lr", self.final_lr, "from 0 to 1")
         end = self.lr_decay_iters
         require(end is None or end >= 1, "lr_decay_iters", end, "at least 1, or none")
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
-        for name, allowed in (("train_only", ("all", "router")), ("weights_dtype", ("float32", "bfloat16"))):
+        choices = {
+            "optimizer": ("muon", "adamw"),
+            "train_only": ("all", "router"),
+            "weights_dtype": ("float32", "bfloat16"),
+        }
+        for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(allowed))
         self._check_first_router()
         routed = any(map(self.has_experts, range(self.n_layer)))
@@ -148,7 +158,8 @@ class TrainConfig(MoEConfig):
 CHANGEABLE = {*ROUTING, "k", "block_size"}
 ARCHITECTURE = [field.name for field in fields(MoEConfig) if field.name not in CHANGEABLE]
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
-OPTIMIZER = ["train_only", "weights_dtype"]  # what decides its state
+GIVEN = {"peak", "weight_decay", "betas"}  # of an optimiser's group: what is given now holds
+OPTIMIZER = ["optimizer", "train_only", "weights_dtype"]  # what decides its state
 
 
 def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
@@ -220,7 +231,7 @@ class Run:
     dtype: torch.dtype
     model: MoEGPT
     forward: MoEGPT  # the model, perhaps compiled
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     step: int = 0  # iterations done
     evaluated: int = -1  # the step of the last evaluation
@@ -233,7 +244,7 @@ class Run:
     def save(self, *names: str) -> bool:
         """Write everything to files in out_dir; a full disk is reported, with False, and ends nothing."""
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),  # nothing in training draws from it, unless somebody adds dropout
             "step": self.step,  # the data order is a function of it
@@ -254,10 +265,11 @@ class Run:
 
     def restore(self, checkpoint: dict) -> None:
         """Continue where the checkpoint was written. The model has its weights already."""
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):  # what is given now holds
-            group |= {"weight_decay": decay, "betas": (self.config.beta1, self.config.beta2)}
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+            given = [{key: group[key] for key in GIVEN & group.keys()} for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, settings in zip(optimizer.param_groups, given, strict=True):
+                group |= settings
         if self.scaler.is_enabled() and checkpoint["scaler"]:  # another GPU may need another dtype
             self.scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"].cpu())
@@ -280,7 +292,7 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     print(f"dtype     {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     print(f"compile   {compiled} ({compile_reason})")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(config, dataset, device, dtype, model, model, make_optimizer(model, config), scaler)
+    run = Run(config, dataset, device, dtype, model, model, make_optimizers(model, config), scaler)
     if checkpoint:  # a new run that begins from it, too: at 1e-8 the gates would open again
         run.l1_coef = checkpoint.get("l1_coef", run.l1_coef)
     if config.init_from == "resume":
@@ -309,72 +321,41 @@ def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
     return model
 
 
-def make_optimizer(model: MoEGPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), in one fused pass for float32; matrices decay, vectors do not."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+def make_optimizers(model: MoEGPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside blocks, AdamW (arXiv 1711.05101) for all else.
+
+    Each group keeps its highest learning rate as "peak".
+    """
+    groups = muon_groups(model) if config.optimizer == "muon" else []
+    taken = {weight for group in groups for weight in group["params"]}
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p not in taken]
+    plain = [p for name, p in learning if p.dim() < 2 or "gate." in name]
+    decaying = [p for name, p in learning if not (p.dim() < 2 or "gate." in name)]
+    rest = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    if config.weights_dtype == "bfloat16":
-        return RoundingAdamW(groups, **options, seed=config.seed)
-    return torch.optim.AdamW(groups, **options, fused=True)
+    rounds = config.weights_dtype == "bfloat16"
+    adamw = RoundingAdamW(rest, **options, seed=config.seed) if rounds else AdamW(rest, **options, fused=True)
+    optimizers = [adamw, *([Muon(groups, config.muon_learning_rate, config.seed)] if groups else [])]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return optimizers
 
 
-class RoundingAdamW(torch.optim.Optimizer):
-    """AdamW whose moments have the dtype of their weight. What is bfloat16 is rounded at random, so that
-    updates far below its spacing, 1/256 to 1/128 of a weight, add up as they should.
-
-    It computes in float32, in pieces that need little memory. The random numbers of a step are a function of
-    `seed` and the step, so there is no random state to keep.
-    """
-
-    PIECE = 2**24  # elements
-
-    def __init__(self, params, lr: float, betas: tuple[float, float], seed: int, eps: float = 1e-8):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "seed": seed, "step": 0}
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Change the weights that have a gradient."""
-        pairs = [(group, weight) for group in self.param_groups for weight in group["params"]]
-        for group in self.param_groups:
-            group["step"] += 1
-        for number, (group, weight) in enumerate(pairs):
-            if weight.grad is None:
-                continue
-            state = self.state[weight]
-            if not state:
-                state |= {"mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
-            seed = (group["seed"] + group["step"] * 2**24 + number) % 2**63
-            draw = torch.Generator(weight.device).manual_seed(seed)
-            whole = weight, state["mean"], state["square"], weight.grad
-            for piece in zip(*(tensor.view(-1).split(self.PIECE) for tensor in whole)):
-                self._update(*piece, group, draw)
-
-    @staticmethod
-    def _update(weight, mean, square, grad, group: dict, draw: torch.Generator) -> None:
-        """One step for (n,) tensors, of which the first three are changed."""
-        w, m, v, g = (tensor.float() for tensor in (weight, mean, square, grad))
-        (beta1, beta2), lr, n = group["betas"], group["lr"], group["step"]
-        m = m.lerp(g, 1 - beta1)
-        v = (v * beta2).addcmul_(g, g, value=1 - beta2)
-        scale = (v / (1 - beta2**n)).sqrt_().add_(group["eps"])
-        w = (w * (1 - lr * group["weight_decay"])).addcdiv_(m, scale, value=-lr / (1 - beta1**n))
-        for target, value in ((weight, w), (mean, m), (square, v)):
-            target.copy_(round_at_random(value, draw) if target.dtype == torch.bfloat16 else value)
-
-
-def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bfloat16, up or down with the probability that makes the mean of the result x.
-
-    bfloat16 is the upper half of the bits of float32: a random lower half is added, and carries into it.
-    """
-    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
+def muon_groups(model: MoEGPT) -> list[dict]:
+    """The matrices inside blocks that learn, but for gates, and how fused ones fall into matrices."""
+    groups = []
+    for name, weight in model.blocks.named_parameters():
+        if not weight.requires_grad or weight.dim() < 2 or "gate." in name:
+            continue
+        split, dim = weight.shape[-1], -1  # one matrix
+        if name.endswith("qkv.weight"):
+            split, dim = model.blocks[0].attention.widths, -2
+        elif name.endswith("w_in"):  # of experts: gate and up
+            split = weight.shape[-1] // 2
+        elif name.endswith("w_in.weight"):
+            split, dim = weight.shape[0] // 2, -2
+        groups.append({"params": [weight], "split": split, "dim": dim})
+    return groups
 
 
 def compile_or_explain(run: Run) -> MoEGPT:
@@ -391,20 +372,17 @@ def compile_or_explain(run: Run) -> MoEGPT:
             raise ValueError(f"compile is true, but torch.compile fails here with {error}") from error
         print(f"compile   off after all: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
         compiled = run.model
-    run.optimizer.zero_grad()
+    run.model.zero_grad()
     return compiled
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to min_lr, which it keeps (arXiv 1608.03983)."""
-    min_lr = config.learning_rate / 10 if config.min_lr is None else config.min_lr
+def schedule(config: TrainConfig, step: int) -> float:
+    """The share of the highest learning rates: warm-up, then a cosine down to final_lr (arXiv 1608.03983)."""
     end = config.lr_decay_iters or config.max_iters
     if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if step >= end:
-        return min_lr
-    progress = (step - config.warmup_iters) / (end - config.warmup_iters)
-    return min_lr + (config.learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        return (step + 1) / (config.warmup_iters + 1)
+    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def batch(run: Run, micro_step: int) -> list[Tensor]:
@@ -447,13 +425,15 @@ def train_step(run: Run) -> Tensor:
             if config.has_cutoffs:
                 kths = [kth_scores(layer.scores.detach(), config.k) for layer in stats.routing]
                 kth = kth + torch.stack(kths) / n
-    run.scaler.unscale_(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(config, run.step)
-    run.scaler.step(run.optimizer)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(config, run.step)
+        run.scaler.step(optimizer)
+        optimizer.zero_grad()
     run.scaler.update()
-    run.optimizer.zero_grad()
     if run.model.expert_layers():
         adapt(run, load, kth)
     run.step += 1
@@ -565,7 +545,7 @@ class Meter:
         scaled = run.scaler.is_enabled()  # float16 skips the iterations whose gradient overflows
         if not math.isfinite(self.loss) or not (scaled or math.isfinite(norm)):
             raise Diverged(f"the loss became {self.loss:.4g} (gradient {norm:.4g}) at iteration {run.step}")
-        lr = learning_rate(run.config, run.step - 1)
+        lr = run.config.learning_rate * schedule(run.config, run.step - 1)
         norm = norm if math.isfinite(norm) else None  # JSON has no infinity
         speed = round(self.tokens_per_second)
         self.log.write(
@@ -688,7 +668,7 @@ def estimate(run: Run) -> str:
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         losses(run, x, y)[0].backward()
-        run.optimizer.zero_grad()
+        run.model.zero_grad()
         if run.device.type == "cuda":
             torch.cuda.synchronize()
     left = (run.config.max_iters - run.step) * run.config.gradient_accumulation_steps
