@@ -538,8 +538,8 @@ class MoEGPT(nn.Module):
         cache: Cache | None = None,
         router: str | None = None,
         active: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Stats]:
-        """Logits of the next token, the mean cross-entropy in nats, and routing statistics.
+    ) -> tuple[Tensor | None, Tensor | None, Stats]:
+        """Logits of the next token or, given targets, the mean cross-entropy in nats; and routing statistics.
 
         idx, targets (B, T) int64, targets of -1 do not count. With a cache, idx continues the sequences in
         it, and its router routes; otherwise `router` does (None: the config's). active (B, T) bool marks,
@@ -549,10 +549,18 @@ class MoEGPT(nn.Module):
         """
         x, routings = self._trunk(idx, cache, router, active)
         stats = self._collect(routings, idx)
-        logits = self.head(x).float()
         if targets is None:
-            return logits, None, stats
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1), stats
+            return self.head(x).float(), None, stats
+        return None, self._cross_entropy(x.flatten(0, 1), targets.flatten()), stats
+
+    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x (S, C), targets (S,) -> mean in nats over the targets that count."""
+        rows = 256 if x.is_cpu else len(x)  # the logits of so many tokens fit into a CPU's cache
+        total = sum(
+            F.cross_entropy(self.head(piece).float(), target, ignore_index=-1, reduction="sum")
+            for piece, target in zip(x.split(rows), targets.split(rows), strict=True)
+        )
+        return total / (targets >= 0).sum()
 
     def _trunk(
         self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None

@@ -87,8 +87,8 @@ class RoundingAdamW(SeededOptimizer):
 
     PIECE = 2**24  # elements
 
-    def __init__(self, groups, lr: float, betas: tuple[float, float], seed: int, eps: float = 1e-8):
-        super().__init__(groups, seed, lr=lr, betas=betas, eps=eps, weight_decay=0.0)
+    def __init__(self, groups, lr: float, betas: tuple[float, float], seed: int, weight_decay: float = 0.0):
+        super().__init__(groups, seed, lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay)
 
     def update(self, weight: Tensor, group: dict, draw: torch.Generator) -> None:
         state = self.state[weight]

@@ -73,12 +73,12 @@ class TrainConfig(MoEConfig):
     first_router: str | None = None  # the router of the first first_iters iterations (none: router)
     first_iters: int = 0  # iterations under first_router
     optimizer: str = "muon"  # of the matrices inside blocks: muon or adamw; all else has AdamW
-    learning_rate: float = 1e-3  # AdamW's highest
-    muon_learning_rate: float = 1e-2  # Muon's highest
+    learning_rate: float = 1e-2  # the highest
+    embedding_boost: float = 10.0  # the embedding learns at so many times the rate of all else
     warmup_iters: int = 100  # iterations of linear warm-up
     lr_decay_iters: int | None = None  # the cosine reaches min_lr here (none: max_iters)
-    final_lr: float = 0.1  # the learning rates at the end, as a share of the highest
-    weight_decay: float = 0.1  # AdamW's, of matrices; vectors and gates have none
+    final_lr: float = 0.1  # the rate at the end, as a share of the highest
+    weight_decay: float = 0.0  # AdamW's, of matrices; vectors and gates have none
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
     grad_clip: float = 1.0  # largest norm of the gradient (0: any)
@@ -108,7 +108,7 @@ class TrainConfig(MoEConfig):
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.log_interval >= 1, "log_interval", self.log_interval, "at least 1")
-        for name in ("learning_rate", "muon_learning_rate"):
+        for name in ("learning_rate", "embedding_boost"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("warmup_iters", "sample_tokens", "weight_decay", "grad_clip"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
@@ -158,7 +158,7 @@ class TrainConfig(MoEConfig):
 CHANGEABLE = {*ROUTING, "k", "block_size"}
 ARCHITECTURE = [field.name for field in fields(MoEConfig) if field.name not in CHANGEABLE]
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
-GIVEN = {"peak", "weight_decay", "betas"}  # of an optimiser's group: what is given now holds
+GIVEN = {"boost", "weight_decay", "betas"}  # of an optimiser's group: what is given now holds
 OPTIMIZER = ["optimizer", "train_only", "weights_dtype"]  # what decides its state
 
 
@@ -322,23 +322,22 @@ def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
 
 
 def make_optimizers(model: MoEGPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks, AdamW (arXiv 1711.05101) for all else.
-
-    Each group keeps its highest learning rate as "peak".
-    """
+    """AdamW (arXiv 1711.05101) and, for the matrices inside blocks, Muon."""
     groups = muon_groups(model) if config.optimizer == "muon" else []
     taken = {weight for group in groups for weight in group["params"]}
-    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p not in taken]
-    plain = [p for name, p in learning if p.dim() < 2 or "gate." in name]
-    decaying = [p for name, p in learning if not (p.dim() < 2 or "gate." in name)]
-    rest = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    embedding = model.embedding.weight
+    others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p not in taken]
+    matrices = [p for name, p in others if p.dim() >= 2 and "gate." not in name and p is not embedding]
+    plain = [p for name, p in others if p.dim() < 2 or "gate." in name]
+    rest = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": [embedding] * embedding.requires_grad, "boost": config.embedding_boost},
+    ]
+    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "weight_decay": 0.0}
     rounds = config.weights_dtype == "bfloat16"
     adamw = RoundingAdamW(rest, **options, seed=config.seed) if rounds else AdamW(rest, **options, fused=True)
-    optimizers = [adamw, *([Muon(groups, config.muon_learning_rate, config.seed)] if groups else [])]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak"] = group["lr"]
-    return optimizers
+    return [adamw, *([Muon(groups, config.learning_rate, config.seed)] if groups else [])]
 
 
 def muon_groups(model: MoEGPT) -> list[dict]:
@@ -376,13 +375,14 @@ def compile_or_explain(run: Run) -> MoEGPT:
     return compiled
 
 
-def schedule(config: TrainConfig, step: int) -> float:
-    """The share of the highest learning rates: warm-up, then a cosine down to final_lr (arXiv 1608.03983)."""
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine down to a share final_lr of the highest (arXiv 1608.03983)."""
     end = config.lr_decay_iters or config.max_iters
     if step < config.warmup_iters:
-        return (step + 1) / (config.warmup_iters + 1)
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
-    return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+    share = config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * share
 
 
 def batch(run: Run, micro_step: int) -> list[Tensor]:
@@ -430,7 +430,7 @@ def train_step(run: Run) -> Tensor:
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(config, run.step)
+            group["lr"] = group.get("boost", 1.0) * learning_rate(config, run.step)
         run.scaler.step(optimizer)
         optimizer.zero_grad()
     run.scaler.update()
@@ -545,7 +545,7 @@ class Meter:
         scaled = run.scaler.is_enabled()  # float16 skips the iterations whose gradient overflows
         if not math.isfinite(self.loss) or not (scaled or math.isfinite(norm)):
             raise Diverged(f"the loss became {self.loss:.4g} (gradient {norm:.4g}) at iteration {run.step}")
-        lr = run.config.learning_rate * schedule(run.config, run.step - 1)
+        lr = learning_rate(run.config, run.step - 1)
         norm = norm if math.isfinite(norm) else None  # JSON has no infinity
         speed = round(self.tokens_per_second)
         self.log.write(
