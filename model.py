@@ -944,7 +944,7 @@ QWEN_KEYS = MOE_KEYS | {
     "intermediate_size": "dense_hidden",
     "n_dense_layer": "n_dense_layer",
 }
-IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False}
+IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False, "norm_best": 0}
 # What a config.json must say, unless it says nothing, of what MoEConfig has no field for.
 USUAL = {
     "hidden_act": "silu",
