@@ -66,7 +66,8 @@ class MoEConfig:
     mass: float = 0.4  # top_p: the share of a token's scores that its experts have together
     n_null: int = 0  # null_experts: experts that do nothing, beside the n_expert
     score_fn: str = "softmax"  # scores from the gate's logits: softmax, sigmoid or relu
-    norm_topk: bool = False  # weights of a token's chosen experts sum to 1
+    norm_topk: bool = False  # weights of a token's chosen experts sum to 1, whatever norm_best says
+    norm_best: int | None = None  # weights sum to 1 over so many of a token's best scores (none: k; 0: raw)
     qkv_bias: bool = False  # a bias is added to queries, keys and values
     qk_norm: str = "none"  # RMSNorm on queries and keys: none, head (each by itself) or full (all at once)
     tie_embeddings: bool = False  # the output head shares the token embedding's weights
@@ -99,6 +100,8 @@ class MoEConfig:
             require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
         require(0 < self.mass <= 1, "mass", self.mass, "above 0 and at most 1")
+        best = f"from 0 to n_expert = {self.n_expert}, or none"
+        require(0 <= self.best <= self.n_expert, "norm_best", self.norm_best, best)
         check_router(self, self.router)
 
     @property
@@ -108,6 +111,11 @@ class MoEConfig:
     @property
     def kv_heads(self) -> int:
         return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def best(self) -> int:
+        """Over how many of a token's best scores its weights sum to 1."""
+        return self.k if self.norm_best is None else self.norm_best
 
     @property
     def dense_width(self) -> int:
@@ -467,13 +475,21 @@ class MoE(nn.Module):
         return mask if context.active is None else mask & context.active.unsqueeze(-1)
 
     def weigh(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """What multiplies each expert's output: the score, without the bias, which selects and never weighs.
-        Null experts are left out from here on."""
-        weight = scores[..., : self.config.n_expert]
-        if not self.config.norm_topk:
+        """What multiplies each expert's output: the score, without the bias, which selects and never weighs,
+        divided by the sum of the token's best scores. Null experts are left out from here on.
+
+        The divisor does not depend on what was chosen: if it did, a token's only expert would get all of the
+        weight and a fourth one would dilute the others, so that SeqTopK would move compute without moving the
+        output. Measured at K = 2 of a trained model: 0.05 nats worse than TopK.
+        """
+        weight = scores[..., : self.config.n_expert]  # (B, T, E)
+        if self.config.norm_topk:
+            divisor = (weight * mask[..., : self.config.n_expert]).sum(-1, keepdim=True)
+        elif self.config.best:
+            divisor = weight.topk(self.config.best, dim=-1).values.sum(-1, keepdim=True)
+        else:
             return weight
-        chosen = weight * mask[..., : self.config.n_expert]
-        return weight / chosen.sum(-1, keepdim=True).clamp(min=1e-9)
+        return weight / divisor.clamp(min=1e-9)
 
     def dispatch(self, x: Tensor, mask: Tensor, weight: Tensor, context: Context) -> Tensor:
         """Each token's experts, times their weights, added up: (B, T, C)."""
@@ -590,8 +606,8 @@ class MoEGPT(nn.Module):
         cache: Cache | None = None,
         router: str | None = None,
         active: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Stats]:
-        """Logits of the next token, the mean cross-entropy in nats, and routing statistics.
+    ) -> tuple[Tensor | None, Tensor | None, Stats]:
+        """Logits of the next token or, given targets, the mean cross-entropy in nats; and routing statistics.
 
         idx, targets (B, T) int64, targets of -1 do not count. With a cache, idx continues the sequences in
         it, and its router routes; otherwise `router` does (None: the config's). active (B, T) bool marks,
@@ -601,10 +617,18 @@ class MoEGPT(nn.Module):
         """
         x, routings = self._trunk(idx, cache, router, active)
         stats = self._collect(routings, idx)
-        logits = self.head(x).float()
         if targets is None:
-            return logits, None, stats
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1), stats
+            return self.head(x).float(), None, stats
+        return None, self._cross_entropy(x.flatten(0, 1), targets.flatten()), stats
+
+    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x (S, C), targets (S,) -> mean in nats over the targets that count."""
+        rows = 256 if x.is_cpu else len(x)  # the logits of so many tokens fit into a CPU's cache
+        total = sum(
+            F.cross_entropy(self.head(piece).float(), target, ignore_index=-1, reduction="sum")
+            for piece, target in zip(x.split(rows), targets.split(rows), strict=True)
+        )
+        return total / (targets >= 0).sum()
 
     def _trunk(
         self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None
@@ -824,6 +848,8 @@ class MoEGPT(nn.Module):
         ValueError if the folder exists, and for an architecture that none of hugging_face.FAMILIES has.
         """
         config, weights = self.config, dict(self.named_parameters())
+        if config.best == config.k:  # under topk the same as over the chosen experts
+            config = replace(config, norm_topk=True, norm_best=0)
         model_type = hugging_face.family_of(asdict(config), asdict(MoEConfig()), routing_settings())
         biased = any(layer.bias.any() for layer in self.expert_layers())
         require(not biased, "the bias for selection (bias_rate)", "in use", "0 to be saved for transformers")
@@ -931,6 +957,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise ValueError(
             f"{path} was not written by this project (or by another version): expected {FORMAT!r}"
         )
+    for settings in (checkpoint["config"], checkpoint.get("train_config", {})):
+        settings.setdefault("norm_best", 0)  # what older ones did
     unknown = set(checkpoint["config"]) - {field.name for field in fields(MoEConfig)}
     if unknown:
         raise ValueError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")

@@ -46,6 +46,7 @@ from model import (
     routing_settings,
     save_checkpoint,
 )
+from optimizers import make_optimizers
 from router import ROUTERS, Routing, entropy_loss, loss_free_update
 
 
@@ -62,11 +63,13 @@ class TrainConfig(MoEConfig):
     max_iters: int = 1000  # iterations: steps of the optimiser
     first_router: str | None = None  # the router of the first first_iters iterations (none: router)
     first_iters: int = 0  # iterations under first_router
-    learning_rate: float = 1e-3  # the highest
+    optimizer: str = "muon"  # of the matrices inside blocks: muon or adamw; all else has AdamW
+    learning_rate: float = 1e-2  # the highest
+    embedding_boost: float = 10.0  # the embedding learns at so many times the rate of all else
     warmup_iters: int = 100  # iterations of linear warm-up
     lr_decay_iters: int | None = None  # the cosine reaches min_lr here (none: max_iters)
     min_lr: float | None = None  # none: learning_rate / 10
-    weight_decay: float = 0.1  # of matrices; vectors have none
+    weight_decay: float = 0.0  # AdamW's, of matrices; vectors and gates have none
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
     grad_clip: float = 1.0  # largest norm of the gradient (0: any)
@@ -95,12 +98,18 @@ class TrainConfig(MoEConfig):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        for name in ("learning_rate", "embedding_boost"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         require(self.min_lr is None or self.min_lr >= 0, "min_lr", self.min_lr, "at least 0, or none")
         end = self.lr_decay_iters
         require(end is None or end >= 1, "lr_decay_iters", end, "at least 1, or none")
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
-        for name, allowed in (("train_only", ("all", "router")), ("weights_dtype", ("float32", "bfloat16"))):
+        choices = {
+            "optimizer": ("muon", "adamw"),
+            "train_only": ("all", "router"),
+            "weights_dtype": ("float32", "bfloat16"),
+        }
+        for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(allowed))
         self._check_first_router()
         routed = any(map(self.has_experts, range(self.n_layer)))
@@ -129,7 +138,8 @@ class TrainConfig(MoEConfig):
 
 # What a run that is resumed cannot change: what decides the order of its data and the state of its optimiser.
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
-OPTIMIZER = ["train_only", "weights_dtype"]
+GIVEN = {"boost", "weight_decay", "betas"}  # of an optimiser's group: what is given now holds
+OPTIMIZER = ["optimizer", "train_only", "weights_dtype"]
 
 
 def architecture() -> list[str]:
@@ -172,6 +182,9 @@ def read_checkpoint(init_from: str, out_dir: str) -> dict:
     checkpoint = load_checkpoint(path)
     if resume and "train_config" not in checkpoint:
         raise ValueError(f"{path} holds no run to resume: train.py did not write it")
+    if resume and "optimizers" not in checkpoint:
+        remedy = f"begin a new run with its weights: --init_from={path}"
+        raise ValueError(f"{path} was written before Muon, whose optimisers it lacks; {remedy}")
     if "tokenizer" not in checkpoint:
         raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
     return checkpoint
@@ -192,7 +205,7 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
     padded = checkpoint and config.vocab_size > tokenizer.vocab_size  # pretrained embeddings often are
     right = padded or config.vocab_size in (0, tokenizer.vocab_size)
     require(right, "vocab_size", config.vocab_size, f"0 or the data's {tokenizer.vocab_size}")
-    config = replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size)
+    config = replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size, norm_best=config.best)
     dataset.train_batch(0, 1, config.block_size, config.seed)  # raises if the text is too short
     dataset.val_batches(config.block_size, 1, 1)
     return config, dataset
@@ -208,7 +221,7 @@ class Run:
     dtype: torch.dtype
     model: MoEGPT
     forward: MoEGPT  # the model, perhaps compiled
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     step: int = 0  # iterations done
     evaluated: int = -1  # the step of the last evaluation
@@ -220,7 +233,7 @@ class Run:
     def save(self, *names: str) -> bool:
         """Write the run to files of these names in out_dir. False if one cannot be written, which is said."""
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),  # nothing in training draws from it, unless somebody adds dropout
             "step": self.step,  # the data order is a function of it
@@ -240,10 +253,11 @@ class Run:
 
     def restore(self, checkpoint: dict) -> None:
         """Continue where the checkpoint was written. The model has its weights already."""
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):  # what is given now holds
-            group |= {"weight_decay": decay, "betas": (self.config.beta1, self.config.beta2)}
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+            given = [{key: group[key] for key in GIVEN & group.keys()} for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, settings in zip(optimizer.param_groups, given, strict=True):
+                group |= settings
         if self.scaler.is_enabled() and checkpoint["scaler"]:  # another GPU may need another dtype
             self.scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"].cpu())
@@ -266,7 +280,7 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     print(f"dtype     {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     print(f"compile   {compiled} ({compile_reason})")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(config, dataset, device, dtype, model, model, make_optimizer(model, config), scaler)
+    run = Run(config, dataset, device, dtype, model, model, make_optimizers(model, config), scaler)
     if config.init_from == "resume":
         run.restore(checkpoint)
     for layer in model.expert_layers()[:1]:
@@ -295,74 +309,6 @@ def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
     return model
 
 
-def make_optimizer(model: MoEGPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), in one fused pass for float32; matrices decay, vectors do not."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    if config.weights_dtype == "bfloat16":
-        return RoundingAdamW(groups, **options, seed=config.seed)
-    return torch.optim.AdamW(groups, **options, fused=True)
-
-
-class RoundingAdamW(torch.optim.Optimizer):
-    """AdamW whose moments have the dtype of their weight. What is bfloat16 is rounded at random, so that
-    updates far below its spacing, 1/256 to 1/128 of a weight, add up as they should.
-
-    It computes in float32, in pieces that need little memory. The random numbers of a step are a function of
-    `seed` and the step, so there is no random state to keep.
-    """
-
-    PIECE = 2**24  # elements
-
-    def __init__(self, params, lr: float, betas: tuple[float, float], seed: int, eps: float = 1e-8):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "seed": seed, "step": 0}
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Change the weights that have a gradient."""
-        pairs = [(group, weight) for group in self.param_groups for weight in group["params"]]
-        for group in self.param_groups:
-            group["step"] += 1
-        for number, (group, weight) in enumerate(pairs):
-            if weight.grad is None:
-                continue
-            state = self.state[weight]
-            if not state:
-                state |= {"mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
-            seed = (group["seed"] + group["step"] * 2**24 + number) % 2**63
-            draw = torch.Generator(weight.device).manual_seed(seed)
-            whole = weight, state["mean"], state["square"], weight.grad
-            for piece in zip(*(tensor.view(-1).split(self.PIECE) for tensor in whole)):
-                self._update(*piece, group, draw)
-
-    @staticmethod
-    def _update(weight, mean, square, grad, group: dict, draw: torch.Generator) -> None:
-        """One step for (n,) tensors, of which the first three are changed."""
-        w, m, v, g = (tensor.float() for tensor in (weight, mean, square, grad))
-        (beta1, beta2), lr, n = group["betas"], group["lr"], group["step"]
-        m = m.lerp(g, 1 - beta1)
-        v = (v * beta2).addcmul_(g, g, value=1 - beta2)
-        scale = (v / (1 - beta2**n)).sqrt_().add_(group["eps"])
-        w = (w * (1 - lr * group["weight_decay"])).addcdiv_(m, scale, value=-lr / (1 - beta1**n))
-        for target, value in ((weight, w), (mean, m), (square, v)):
-            target.copy_(round_at_random(value, draw) if target.dtype == torch.bfloat16 else value)
-
-
-def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bfloat16, up or down with the probability that makes the mean of the result x.
-
-    bfloat16 is the upper half of the bits of float32: a random lower half is added, and carries into it.
-    """
-    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
-
-
 def compile_or_explain(run: Run) -> None:
     """Compile run.forward and try it on one batch; if that fails and nobody insisted, it stays plain."""
     run.forward = torch.compile(run.model)
@@ -376,7 +322,7 @@ def compile_or_explain(run: Run) -> None:
             raise ValueError(f"compile is true, but torch.compile fails here with {error}") from error
         print(f"compile   off after all: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
         run.forward = run.model
-    run.optimizer.zero_grad()
+    run.model.zero_grad()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -426,13 +372,15 @@ def train_step(run: Run) -> Tensor:
         mean_loss = mean_loss + loss / n
         if config.bias_rate or ROUTERS[config.router].update:
             routings.append([Routing(*map(Tensor.detach, layer)) for layer in stats.routing])
-    run.scaler.unscale_(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(config, run.step)
-    run.scaler.step(run.optimizer)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("boost", 1.0) * learning_rate(config, run.step)
+        run.scaler.step(optimizer)
+        optimizer.zero_grad()
     run.scaler.update()
-    run.optimizer.zero_grad()
     if routings and run.model.expert_layers():
         adapt(run, routings)
     run.step += 1
@@ -708,7 +656,7 @@ def estimate(run: Run) -> str:
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         losses(run, x, y)[0].backward()
-        run.optimizer.zero_grad()
+        run.model.zero_grad()
         if run.device.type == "cuda":
             torch.cuda.synchronize()
     left = (run.config.max_iters - run.step) * run.config.gradient_accumulation_steps

@@ -1,9 +1,9 @@
 # config/compare.py on word problems, where it is known which tokens are hard.
-from config.arithmetic_topk import *
+from config.compare import *
 
-n_expert = 32
-n_hidden = 64
-batch_size = 4
+dataset = "arithmetic"
+qk_norm = "head"
 max_iters = 800  # too few to solve many problems, enough to see which tokens are hard
+learning_rate = 6e-3
+warmup_iters = 100
 eval_interval = 160
-warmup_iters = 100  # the default, said here for --quick to shorten it

@@ -195,7 +195,7 @@ QWEN_KEYS = MOE_KEYS | {
     "intermediate_size": "dense_hidden",
     "n_dense_layer": "n_dense_layer",
 }
-IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False}
+IMPLIED = {"n_kv_head": None, "tie_embeddings": False, "rope_theta": 1e4, "norm_topk": False, "norm_best": 0}
 # MoEConfig has no field for these: a config.json must say this of them, or nothing.
 USUAL = {
     "hidden_act": "silu",

@@ -141,8 +141,8 @@ def ref_remoe(sequence: Sequence, k: int):
 # What must be said for some routers, and what makes the experts of tiny models' tokens vary.
 SETTINGS = {
     "top_p": {"mass": 0.7},
-    "expert_threshold": {"score_fn": "sigmoid"},
-    "remoe": {"score_fn": "relu"},
+    "expert_threshold": {"score_fn": "sigmoid", "norm_best": 0},
+    "remoe": {"score_fn": "relu", "norm_best": 0},
     "null_experts": {"norm_topk": True, "n_null": 4},
 }
 

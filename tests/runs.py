@@ -21,7 +21,8 @@ TEXT = [
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_expert": 4, "k": 2, "n_hidden": 16}
 RUN = {"block_size": 32, "batch_size": 4, "max_iters": 10, "learning_rate": 0.01, "warmup_iters": 2}
 RUN |= {"eval_interval": 5, "eval_windows": 4, "log_interval": 1, "sample_tokens": 0, "device": "cpu"}
-TINY = SHAPE | RUN
+PLAIN = {"optimizer": "adamw", "embedding_boost": 1, "weight_decay": 0.1, "norm_best": 0}  # not the defaults
+TINY = SHAPE | RUN | PLAIN
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)  # through lists and dictionaries
 
 

@@ -19,7 +19,8 @@ import train
 from data.arithmetic.prepare import prompt_of
 from data.gsm8k import prepare
 from model import Chunk, MoE, MoEGPT, load_checkpoint
-from train import RoundingAdamW, TrainConfig, round_at_random
+from optimizers import RoundingAdamW, round_at_random
+from train import TrainConfig
 
 SHARED = ROOT.parent / "shared" / "data"
 HF = all(map(importlib.util.find_spec, ("transformers", "safetensors", "tokenizers")))
