@@ -31,11 +31,14 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from config import bad_input_exits, require, results
 from config.device import give_back_freed_memory, keep_freed_memory
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
+from optimizers import make_optimizers
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
+from train import TrainConfig
 
 BOUNDED = [name for name, row in ROUTERS.items() if row.exact or row.max_pairs]  # their shapes are static
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
@@ -45,7 +48,7 @@ OLMOE = MoEConfig(50304, 4096, n_layer=16, n_head=16, n_embd=2048, n_hidden=1024
 SHAPES = {  # besides those of config/NAME_topk.py
     "heavy": {"n_layer": 4, "n_head": 8, "n_embd": 1024, "n_hidden": 512, "n_expert": 64, "k": 8}
     | {"block_size": 4096, "vocab_size": 512},
-    "peers": {"n_embd": 256, "n_hidden": 680, "qk_norm": "full"},
+    "peers": {"n_embd": 256, "n_hidden": 680, "qk_norm": "full", "norm_best": 0},
 }
 # FLOP/s in half precision without sparsity, from the vendor's data sheets
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -249,15 +252,19 @@ def make_layers(bench: Bench, size: SimpleNamespace) -> tuple[dict[str, Callable
 def bench_train(bench: Bench) -> list[dict]:
     """Full training steps of one model: the routers take turns on the same weights.
 
-    What a user waits for: forward, backward, clipping, AdamW. The paper trains 246.4 GPU-hours under SeqTopK
-    and 244.2 under TopK. Memory is the peak during a step, of the GPU or of the whole process.
+    What a user waits for: forward, backward, clipping, Muon and AdamW; in the last row AdamW alone.
+    The paper trains 246.4 GPU-hours under SeqTopK and 244.2 under TopK. Memory is the peak during a step, of
+    the GPU or of the whole process.
     """
     shape = bench.config.shape or "small"
     model = MoEGPT(bench.shape(shape)).to(bench.device)
     size = bench.sized(batch_size=64 if bench.gpu else 4, tokens=model.config.block_size)
     text = bench.text(model.config.vocab_size, size.batch_size, size.tokens + 1)
-    step = train_step(model, bench.compiled(model), text, bench.dtype)
-    times = bench.interleave({name: partial(step, name) for name in BOUNDED}, 25)
+    forward = bench.compiled(model)
+    settings = (TrainConfig(optimizer=name, learning_rate=1e-4) for name in ("muon", "adamw"))
+    step, plain = (train_step(model, forward, text, bench.dtype, make_optimizers(model, s)) for s in settings)
+    calls = {name: partial(step, name) for name in BOUNDED} | {"topk, AdamW": partial(plain, "topk")}
+    times = bench.interleave(calls, 25)
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
     peaks = {} if bench.dtype == torch.float32 else PEAKS
     peak_flops = next((peak for name, peak in peaks.items() if name in bench.name), None)
@@ -267,14 +274,16 @@ def bench_train(bench: Bench) -> list[dict]:
         flops = rate * model.flops_per_token(size.tokens)
         row = {"what": f"{name}, {shape}, B={size.batch_size}, T={size.tokens}", "tokens/s": rate}
         row |= {"GFLOP/s": flops / 1e9, "MFU %": peak_flops and 100 * flops / peak_flops}
-        row |= {"peak GB": bench.peak_gb(partial(step, name)), "time/topk": ratio(taken, times["topk"])}
+        row |= {"peak GB": bench.peak_gb(calls[name]), "time/topk": ratio(taken, times["topk"])}
         rows.append(row | {"paper": "1.009" if name == "seqtopk" else None, "aim": aims.get(name)})
     return rows
 
 
-def train_step(model: MoEGPT, forward: Callable, text: Tensor, dtype: torch.dtype) -> Callable[[str], None]:
+def train_step(
+    model: MoEGPT, forward: Callable, text: Tensor, dtype: torch.dtype, optimizers: list[Optimizer]
+) -> Callable[[str], None]:
     """A function of the router's name: an iteration of train.py on text (B, T+1), without reading data."""
-    update = updater(model)
+    update = updater(model, optimizers)
     mixed = dtype != next(model.parameters()).dtype
 
     def step(router: str) -> None:
@@ -285,15 +294,20 @@ def train_step(model: MoEGPT, forward: Callable, text: Tensor, dtype: torch.dtyp
     return step
 
 
-def updater(model: torch.nn.Module) -> Callable[[Tensor], None]:
-    """A function of the loss: backward, clipping, AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def adamw(model: torch.nn.Module) -> list[Optimizer]:
+    """What both peers train with."""
+    return [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)]
+
+
+def updater(model: torch.nn.Module, optimizers: list[Optimizer]) -> Callable[[Tensor], None]:
+    """A function of the loss: backward, clipping, the optimisers' steps."""
 
     def update(loss: Tensor) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
 
     return update
 
@@ -478,7 +492,8 @@ def our_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callabl
     if not bench.gpu:
         keep_freed_memory()
     model = MoEGPT(shape).to(bench.device).cast(bench.dtype)
-    step, n = train_step(model, bench.compiled(model), text, bench.dtype), text.shape[1] // 2
+    step = train_step(model, bench.compiled(model), text, bench.dtype, adamw(model))
+    n = text.shape[1] // 2
     return {
         "training": partial(step, "topk"),
         "generation": lambda: list(model.generate(text[:1, :n], n, temperature=0)),
@@ -488,7 +503,7 @@ def our_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callabl
 def their_works(bench: Bench, shape: MoEConfig, text: Tensor, experts: str) -> dict[str, Callable]:
     model = make_olmoe(shape).to(bench.device, bench.dtype).eval()  # it has no dropout that would train
     model.set_experts_implementation(experts)
-    forward, update = bench.compiled(model, fullgraph=False), updater(model)
+    forward, update = bench.compiled(model, fullgraph=False), updater(model, adamw(model))
     prompt = text[:1, : text.shape[1] // 2].contiguous()
     batch = {"input_ids": text[:, :-1], "labels": text[:, :-1], "use_cache": False}
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": prompt.shape[1]}

@@ -480,7 +480,8 @@ class MoE(nn.Module):
 
         The divisor does not depend on what was chosen: if it did, a token's only expert would get all of the
         weight and a fourth one would dilute the others, so that SeqTopK would move compute without moving the
-        output. Measured at K = 2 of a trained model: 0.05 nats worse than TopK.
+        output. Measured at K = 2 of a trained model: 0.05 nats worse than TopK. Over one score alone (K = 1)
+        the weight is always 1, and the text's loss has no say in the gate.
         """
         weight = scores[..., : self.config.n_expert]  # (B, T, E)
         if self.config.norm_topk:
@@ -848,7 +849,7 @@ class MoEGPT(nn.Module):
         ValueError if the folder exists, and for an architecture that none of hugging_face.FAMILIES has.
         """
         config, weights = self.config, dict(self.named_parameters())
-        if config.best == config.k:  # under topk the same as over the chosen experts
+        if config.norm_topk or config.best == config.k:  # under topk the same
             config = replace(config, norm_topk=True, norm_best=0)
         model_type = hugging_face.family_of(asdict(config), asdict(MoEConfig()), routing_settings())
         biased = any(layer.bias.any() for layer in self.expert_layers())
@@ -942,7 +943,8 @@ def save_checkpoint(path: str | Path, model: MoEGPT, **extra) -> None:
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
     """Read what save_checkpoint wrote: its `extra`, and "config" and "model" for MoEGPT.from_checkpoint.
 
-    Raises ValueError when there is no such file, when it is damaged, or when something else wrote it.
+    Older ones had raw weights: their norm_best is 0. Raises ValueError when there is no such file, when it is
+    damaged, or when something else wrote it.
     """
     path = Path(path)
     if not path.is_file():

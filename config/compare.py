@@ -1,4 +1,4 @@
-# What experiments/ compares routers by: a minute on two CPU cores, so that a table has many settings and seeds.
+# What experiments/ compares routers by: a minute on two CPU cores, for tables of many settings and seeds.
 # The recipe is the one under which today's tables were made, before Muon and normalised weights.
 router = "topk"
 n_expert = 32  # k = 8, 4 and 2 are a quarter, an eighth and a sixteenth of them

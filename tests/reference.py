@@ -178,11 +178,16 @@ def ref_scores(logits: Tensor, score_fn: str) -> Tensor:
     return odds / odds.sum(-1, keepdim=True)
 
 
-def ref_weight(scores: Tensor, mask: Tensor, norm_topk: bool) -> Tensor:
-    """What multiplies the experts' outputs (S, E): scores, or shares of the chosen ones."""
-    chosen = torch.where(mask, scores, 0)
-    total = chosen.sum(-1, keepdim=True)
-    return chosen / torch.where(total > 0, total, 1) if norm_topk else chosen
+def ref_weight(scores: Tensor, mask: Tensor, config) -> Tensor:
+    """What multiplies the experts' outputs (S, E): scores, or parts of what the token's chosen ones, or its
+    best ones, add up to."""
+    n_best = config.k if config.norm_best is None else config.norm_best
+    weight = []
+    for token, chosen in zip(scores, mask):
+        best = best_experts(token.tolist())[:n_best]
+        total = sum(token[e] for e in range(len(token)) if (chosen[e] if config.norm_topk else e in best))
+        weight.append(torch.where(chosen, token, 0) / (total if total > 0 else 1))
+    return torch.stack(weight)
 
 
 def ref_moe(x: Tensor, w: dict[str, Tensor], config, select: Callable) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +198,7 @@ def ref_moe(x: Tensor, w: dict[str, Tensor], config, select: Callable) -> tuple[
     scores = ref_scores(x @ w["gate.weight"].T, config.score_fn)
     mask = select((scores.detach() + w["bias"]).unsqueeze(0)).squeeze(0)
     n_expert = len(w["w_in"])
-    weight = ref_weight(scores[:, :n_expert], mask[:, :n_expert], config.norm_topk)
+    weight = ref_weight(scores[:, :n_expert], mask[:, :n_expert], config)
     y = ref_run_experts(x, mask[:, :n_expert], weight, w["w_in"], w["w_out"])
     if config.shared_hidden:
         gate = ref_scores(x @ w["shared_gate.weight"].T, "sigmoid") if config.shared_gate else 1

@@ -49,7 +49,7 @@ def assert_same_runs(a, b, *names):
     assert entries(a) == entries(b)
     for name in names or ("last.pt", "best.pt"):
         left, right = load_checkpoint(a / name), load_checkpoint(b / name)
-        for key in ("model", "optimizer", "scaler", "rng", "step", "best"):
+        for key in ("model", "optimizers", "scaler", "rng", "step", "best"):
             assert_same(left[key], right[key])
 
 

@@ -19,7 +19,7 @@ import train
 from data.arithmetic.prepare import prompt_of
 from data.gsm8k import prepare
 from model import Chunk, MoE, MoEGPT, load_checkpoint
-from optimizers import RoundingAdamW, round_at_random
+from optimizers import RoundingAdamW, make_optimizers, round_at_random
 from train import TrainConfig
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -141,7 +141,7 @@ def test_the_gates_alone_learn(weights_dtype):
     """Under train_only=router only gates, float32 in any case, have gradients and places in the optimiser."""
     config = tiny(train_only="router", weights_dtype=weights_dtype, checkpoint_activations=True)
     model = train.make_model(config, None)
-    optimizer = train.make_optimizer(model, config)
+    (optimizer,) = make_optimizers(model, config)
     gates = [layer.gate.weight for layer in model.expert_layers()]
     assert [p for group in optimizer.param_groups for p in group["params"]] == gates
     assert {gate.dtype for gate in gates} == {torch.float32}
@@ -231,7 +231,7 @@ def test_tuning_resumes_to_the_last_bit(tuned, tmp_path):
     train.main(flags(**settings | {"max_iters": 2, "lr_decay_iters": 3}, out_dir=tmp_path / "run"))
     train.main(flags(init_from="resume", out_dir=tmp_path / "run", max_iters=3))
     straight, resumed = (load_checkpoint(path / "last.pt") for path in (folder, tmp_path / "run"))
-    for part in ("model", "optimizer"):
+    for part in ("model", "optimizers"):
         assert_same(straight[part], resumed[part])
 
 

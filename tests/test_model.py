@@ -59,6 +59,8 @@ VARIANTS = {
     "tied_head": {"tie_embeddings": True},
     "sigmoid": {"score_fn": "sigmoid"},
     "norm_topk": {"norm_topk": True},
+    "raw_scores": {"norm_best": 0},
+    "norm_best": {"norm_best": 5},
     "wide_bounds": {"min_experts": 0, "max_experts": 8},
 }
 ROUTINGS = {name: {"router": name} for name in ROUTERS}
@@ -193,14 +195,15 @@ def test_experts_equal_the_loop_over_tokens_and_experts(kind, shape, numbers):
 # -------------------- the MoE layer ----------------------------------------------------------------------
 
 NOWHERE = Context(None, angles=None, visible=None, active=None, pos=0)  # all that MoE looks at but its router
-SCORINGS = [{"score_fn": fn, "norm_topk": norm} for fn in ("softmax", "sigmoid") for norm in (False, True)]
+BESTS = [{"norm_best": n} for n in (None, 0, 1, 5)]
+NORMS = [{"norm_topk": True}, *BESTS]
+LAYERS = [("topk", {"score_fn": fn, **norm}) for fn in ("softmax", "sigmoid") for norm in NORMS]
+LAYERS += [("top_p", norm) for norm in BESTS[1:]] + [(name, {}) for name in UNBUDGETED]
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 @pytest.mark.parametrize("shared_hidden", [0, 24], ids=["", "shared"])
-@pytest.mark.parametrize(
-    "name, changes", [("topk", s) for s in SCORINGS] + [(n, {}) for n in UNBUDGETED], ids=str
-)
+@pytest.mark.parametrize("name, changes", LAYERS, ids=str)
 def test_the_layer_equals_its_reference(name, changes, shared_hidden, biased):
     """Output, routing and the gradients of all parameters are the reference's, also where tokens have any
     number of experts. The bias selects, never weighs, and leaves routers alone that take none."""
@@ -225,6 +228,37 @@ def test_the_layer_equals_its_reference(name, changes, shared_hidden, biased):
         assert mask[..., 5].all()  # however low its score
     elif name in UNBUDGETED:  # of the other two no token of x has none
         assert len(counts) > 2 and (counts.min() == 0 or name in ("top_p", "remoe"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_best", [1, 2, 5, 8])
+def test_an_expert_weighs_the_same_whatever_else_is_chosen(n_best):
+    """Weights sum to 1 over the norm_best best scores, and the outputs of two disjoint choices add up to that
+    of both; under norm_topk each choice sums to 1 by itself."""
+    over_best, over_chosen = make("topk", norm_best=n_best), make("topk", norm_topk=True)
+    x, some = torch.randn(2, 9, 32) / 4, torch.rand(2, 9, 8) < 0.4
+    for model, adds_up in ((over_best, True), (over_chosen, False)):
+        layer, outputs = model.blocks[0].mlp, []
+        for mask in (some, ~some, some | ~some):
+            row = ROUTERS["top_p"]._replace(select=lambda *args, mask=mask, **options: mask)
+            outputs.append(layer(x, NOWHERE._replace(row=row), None)[0])
+        assert close(outputs[0] + outputs[1], outputs[2], 1e-5) == adds_up
+        scores = layer.score(x)[1]
+        weight = layer.weigh(scores, some)
+        summed = weight.topk(n_best).values if adds_up else (weight * some)[some.any(-1)]
+        assert close(summed.sum(-1), torch.ones_like(summed[..., 0]), 1e-5)
+
+
+def test_under_topk_the_best_are_the_chosen():
+    """Without norm_best TopK has the logits and gradients of norm_topk; SeqTopK has other logits, because its
+    tokens have other numbers of experts."""
+    idx, models = tokens(2, 10), (make("topk"), make("topk", norm_topk=True))
+    gradients = [torch.autograd.grad(m(idx, idx)[1], list(m.parameters())) for m in models]
+    assert_near(*gradients, 1e-5)
+    best, chosen = (model(idx)[0] for model in models)
+    assert close(best, chosen)
+    best, chosen = (model(idx, router="seqtopk")[0] for model in models)
+    assert not close(best, chosen, 0.1)
 
 
 # -------------------- the whole model --------------------------------------------------------------------
@@ -254,9 +288,29 @@ def test_the_loss_is_the_mean_over_the_targets_that_count():
     """The loss is the mean cross-entropy in nats over the targets that are not -1."""
     model, idx, targets = make(), tokens(2, 10), tokens(2, 10, seed=1)
     targets[0, 3:] = -1
-    logits, loss, _ = model(idx, targets)
+    (logits, *_), (_, loss, _) = model(idx), model(idx, targets)
     nats = logits.exp().sum(-1).log() - logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     assert close(loss, nats[targets >= 0].sum() / 13, 1e-5)
+
+
+SOME, FIRST, MIDDLE, LAST = slice(3, 300, 2), slice(256), slice(256, 512), slice(512, 600)
+
+
+@pytest.mark.parametrize("left_out", [[], [SOME], [FIRST], [MIDDLE], [LAST], [SOME, FIRST, LAST]], ids=str)
+def test_a_loss_in_pieces_is_that_of_all_logits(left_out):
+    """On a CPU the head sees 256 tokens at a time: loss and gradients are those of all logits at once, also
+    where some targets, or all of a piece, do not count."""
+    model, idx, targets, sizes = make("topk", n_layer=1), tokens(25, 24), tokens(25, 24, seed=1), []
+    for part in left_out:
+        targets.view(-1)[part] = -1
+    logits, no_loss, _ = model(idx)
+    want = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    model.head.register_forward_hook(lambda head, args, result: sizes.append(len(args[0])))
+    no_logits, loss, _ = model(idx, targets)
+    assert sizes == [256, 256, 88] and no_logits is no_loss is None
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(y, list(model.parameters())) for y in (loss, want)]
+    assert_near(*gradients, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["seqtopk", *UNBUDGETED])
@@ -306,8 +360,8 @@ def test_the_dense_twin_has_no_experts():
     """With n_expert=1 there is no gate, no layer in the statistics and no Expert Cache; all parameters are
     active, as many as in the MoE but for its gates."""
     dense, idx = make(n_expert=1, k=1, n_hidden=32), tokens(2, 10)
-    logits, loss, stats = dense(idx, idx)
-    assert_finite_gradients(dense, loss)
+    logits, _, stats = dense(idx)
+    assert_finite_gradients(dense, dense(idx, idx)[1])
     assert not any("gate" in name for name, _ in dense.named_parameters())
     assert close(logits[1], ref_model(dense, idx[1], None))
     assert stats.load.shape == (0, 1) and stats.n_taken.shape == (0, 2, 10)
@@ -318,16 +372,22 @@ def test_the_dense_twin_has_no_experts():
     assert total == active == make().n_params()[1] - 2 * 8 * 32
 
 
+THRESHOLD = {"router": "expert_threshold", **SETTINGS["expert_threshold"]}
+
+
 @pytest.mark.parametrize(
     "changes, favour, load",
     [
         ({}, 1e3, 20),  # one expert has scores of exactly 1, the others of 0
+        ({"norm_best": 0}, 1e3, 20),
         ({"router": "topk", "k": 1}, 1e3, 20),
         ({"norm_topk": True}, 1e3, 20),
         ({"score_fn": "sigmoid"}, 1e3, 20),
-        ({"score_fn": "sigmoid", "norm_topk": True}, -1e3, 6),  # all scores are 0: the first tokens go first
-        ({"router": "expert_threshold", "score_fn": "sigmoid"}, 1e3, 0),  # no cutoff is known yet
-        ({"router": "expert_threshold", "score_fn": "sigmoid", "shared_hidden": 24}, 1e3, 0),
+        ({"score_fn": "sigmoid", "norm_best": 0}, 1e3, 20),
+        ({"score_fn": "sigmoid"}, -1e3, 6),  # all scores are 0: the first tokens go first
+        ({"score_fn": "sigmoid", "norm_topk": True}, -1e3, 6),
+        (THRESHOLD, 1e3, 0),  # no cutoff is known yet
+        (THRESHOLD | {"shared_hidden": 24}, 1e3, 0),
     ],
     ids=str,
 )
@@ -675,6 +735,20 @@ def test_a_checkpoint_from_before_routers_had_a_state(name, tmp_path):
     assert not any(layer.bias.any() or layer.router_state() for layer in topk.expert_layers())
 
 
+def test_a_checkpoint_from_before_norm_best_has_raw_scores(tmp_path):
+    """Configs without norm_best are of models whose scores were the weights: read as norm_best=0, they give
+    the same logits."""
+    model, idx, path = make(norm_best=0), tokens(2, 10), tmp_path / "old.pt"
+    save_checkpoint(path, model, train_config=vars(model.config).copy())
+    old = torch.load(path)
+    for settings in (old["config"], old["train_config"]):
+        del settings["norm_best"]
+    torch.save(old, path)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint["config"] == checkpoint["train_config"] == vars(model.config)
+    assert torch.equal(MoEGPT.from_checkpoint(checkpoint)(idx)[0], model(idx)[0])
+
+
 @pytest.fixture
 def saved(tmp_path):
     """The path of a tiny model's checkpoint."""
@@ -758,6 +832,8 @@ NEEDS = {  # why a plain model cannot be under these
     "expert_threshold": "router expert_threshold needs score_fn=sigmoid, .* give --score_fn=sigmoid",
     "null_experts": "router null_experts needs norm_topk=true, but norm_topk is False: give --norm_topk=true",
 }
+RAW = ("remoe", "expert_threshold")
+NEEDS_RAW = "router {} needs norm_best=0, but norm_best is None: give --norm_best=0"
 AT_LEAST_1 = "n_layer n_head n_embd n_expert n_hidden head_width dense_hidden n_kv_head".split()
 AT_LEAST_0 = "shared_hidden n_dense_layer vocab_size n_null".split()
 NULLS = {"router": "null_experts", "norm_topk": True}
@@ -766,6 +842,8 @@ SETTINGS_REFUSED = [
     *(({name: 0}, f"{name} is 0, .* at least 1.*") for name in AT_LEAST_1),
     *(({name: -1}, f"{name} is -1, .* at least 0") for name in AT_LEAST_0),
     *(({"router": name}, message) for name, message in NEEDS.items()),
+    *(({"router": n, **SETTINGS[n], "norm_best": None}, NEEDS_RAW.format(n)) for n in RAW),
+    *(({"norm_best": n}, f"norm_best is {n}, .* from 0 to n_expert = 8, or none") for n in (-1, 9)),
     ({"n_embd": -8}, "n_embd is -8, .* at least 1"),
     ({"block_size": 1}, "block_size is 1, .* at least 2"),
     ({"k": 9}, "k is 9, .* 1 .* n_expert = 8"),
@@ -819,7 +897,7 @@ CALLS_REFUSED = [
     *((under(name), f"router is {name}, .* topk, online_seqtopk.*") for name in NOT_CAUSAL),
     *((under(name), message) for name, message in NEEDS.items()),
     (
-        lambda model: under("expert_threshold")(make(score_fn="sigmoid")),
+        lambda model: under("expert_threshold")(make(score_fn="sigmoid", norm_best=0)),
         "router is expert_threshold, .* seqtopk, .* learned .*",
     ),
     (
@@ -850,7 +928,7 @@ def test_bfloat16_weights(variant):
     """With all weights in bfloat16 losses and gradients are finite and near float32's."""
     model, idx, targets = make("topk", **VARIANTS[variant]), tokens(2, 24), tokens(2, 24, seed=1)
     want = model(idx, targets)[1]
-    logits, loss, stats = model.bfloat16()(idx, targets)
+    (logits, *_), (_, loss, stats) = model.bfloat16()(idx), model(idx, targets)
     assert logits.dtype == loss.dtype == stats.balance_loss.dtype == stats.z_loss.dtype == torch.float32
     assert close(loss, want, 0.05)
     assert_finite_gradients(model, loss + stats.balance_loss + stats.z_loss, torch.bfloat16)

@@ -118,20 +118,26 @@ TRAINED_HERE = {
     "olmoe": {"qk_norm": "full"},
     "qwen2_moe": {"shared_hidden": 24, "shared_gate": True, "qkv_bias": True, "n_dense_layer": 1},
     "qwen3_moe": {"qk_norm": "head", "n_kv_head": 2, "head_width": 16, "n_dense_layer": 1},
-    "mixtral": {"norm_topk": True, "tie_embeddings": True},
+    "mixtral": {"tie_embeddings": True},
 }
+NORMS = {"best": {}, "best k": {"norm_best": 2}, "chosen": {"norm_topk": True}, "raw": {"norm_best": 0}}
 
 
-@pytest.mark.parametrize("kind", TRAINED_HERE)
-def test_a_model_made_here_opens_in_transformers(kind, tmp_path):
-    """What a family can express is saved as that family, and transformers has the logits of topk."""
+@pytest.mark.parametrize(
+    ("kind", "norm"), [(a, b) for a in TRAINED_HERE for b in NORMS if (a, b) != ("mixtral", "raw")]
+)
+def test_a_model_made_here_opens_in_transformers(kind, norm, tmp_path):
+    """What a family can express is saved as that family, and transformers has the logits of topk: its weights
+    sum to 1 over the chosen scores where here they do over the k best."""
     torch.manual_seed(0)
-    ours = MoEGPT(MoEConfig(vocab_size=96, block_size=64, n_layer=2, router="seqtopk", **TRAINED_HERE[kind]))
+    changes = TRAINED_HERE[kind] | NORMS[norm]
+    ours = MoEGPT(MoEConfig(vocab_size=96, block_size=64, n_layer=2, router="seqtopk", **changes))
     for parameter in ours.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     ours.save_pretrained(tmp_path / "hf")
     theirs, back = open_theirs(tmp_path / "hf"), MoEGPT.from_pretrained(tmp_path / "hf")
     assert theirs.config.model_type == kind and same(back, theirs)
+    assert back.config.norm_topk == (norm != "raw") and back.config.norm_best == 0
     with torch.no_grad():
         assert torch.equal(back(PROMPT)[0], ours(PROMPT, router="topk")[0])
 
@@ -371,7 +377,8 @@ def test_a_name_is_fetched_from_the_hub(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "qk_norm is none"),
+        ({"norm_best": 0}, "qk_norm is none"),
+        ({"qk_norm": "full", "norm_best": 3}, "norm_best is 3, .* olmoe"),
         ({"qk_norm": "full", "score_fn": "sigmoid"}, "score_fn is sigmoid, .* softmax .* olmoe"),
         ({"qk_norm": "full", "n_dense_layer": 1}, "n_dense_layer is 1, .* olmoe"),
         ({"qk_norm": "head", "shared_hidden": 24}, "shared_hidden is 24"),

@@ -386,7 +386,7 @@ def test_one_iteration_by_hand(make_run):
     for parameter, old, gradient in zip(parameters, before, gradients):
         decay = 0.2 if parameter.dim() > 1 else 0.0
         step = gradient * 0.5 / norm
-        mean = run.optimizer.state[parameter]["exp_avg"]
+        mean = run.optimizers[0].state[parameter]["exp_avg"]
         torch.testing.assert_close(mean, 0.1 * step, rtol=1e-3, atol=1e-8)
         expected = old * (1 - lr * decay) - lr * step / (step.abs() + 1e-8)
         large = step.abs() > 1e-5  # below, rounding in the sum of a gradient decides
@@ -513,13 +513,18 @@ def test_learning_rate_by_hand():
     assert (slopes[:10] > 0).all() and (slopes[10:110] < 0).all()
 
 
-def test_the_optimiser_gets_the_learning_rate(straight):
-    """The rate in the log and in the optimiser is the schedule's for the iteration that was just done."""
-    last = load_checkpoint(straight / "last.pt")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_optimisers_get_the_learning_rate(start, optimizer):
+    """The rate in the log and in the optimisers is the schedule's for the iteration that was just done, the
+    embedding's so many times more."""
+    folder = start(optimizer, optimizer=optimizer, embedding_boost=3, max_iters=4)
+    last = load_checkpoint(folder / "last.pt")
     config = TrainConfig(**last["train_config"])
-    rates = [train.learning_rate(config, step) for step in range(12)]
-    assert [entry["lr"] for entry in entries(straight, "train")] == rates
-    assert {group["lr"] for group in last["optimizer"]["param_groups"]} == {rates[-1]}
+    rates = [train.learning_rate(config, step) for step in range(4)]
+    assert [entry["lr"] for entry in entries(folder, "train")] == rates
+    groups = [group for each in last["optimizers"] for group in each["param_groups"]]
+    assert [group["lr"] / rates[-1] for group in groups[:3]] == pytest.approx([1, 1, 3])
+    assert {group["lr"] for group in groups[3:]} == ({rates[-1]} if optimizer == "muon" else set())
 
 
 # ---- evaluation
@@ -592,7 +597,7 @@ def test_evaluation_does_not_change_training(start):
     never = start("never", eval_interval=100, eval_windows=1, max_iters=3)
     assert len(entries(often, "eval")) == 4 and len(entries(never, "eval")) == 2
     a, b = load_checkpoint(often / "last.pt"), load_checkpoint(never / "last.pt")
-    assert_same([a["model"], a["optimizer"]], [b["model"], b["optimizer"]])
+    assert_same([a["model"], a["optimizers"]], [b["model"], b["optimizers"]])
     losses = [[entry["loss"] for entry in entries(folder, "train")] for folder in (often, never)]
     assert losses[0] == losses[1]
 
@@ -634,11 +639,13 @@ def crash():
         (LONG, [(10, terminate, 10), (11, interrupt, 11)]),
         ({"router": "expert_threshold", "score_fn": "sigmoid", **WARM_UP}, [(4, interrupt, 4)]),
         ({"router": "remoe", "score_fn": "relu", "balance_coef": 0}, [(4, interrupt, 4)]),
+        ({"optimizer": "muon", "gradient_accumulation_steps": 2}, [(2, interrupt, 2), (7, crash, 5)]),
+        ({"optimizer": "muon", "weights_dtype": "bfloat16", "norm_best": 2}, [(4, terminate, 4)]),
         ({"router": "null_experts", "norm_topk": True, "n_null": 4, "bias_rate": 0.01}, [(4, interrupt, 4)]),
         ({"first_router": "topk", "first_iters": 7}, [(4, interrupt, 4)]),
         ({"init_from": "topk_run", "max_iters": 4}, [(3, interrupt, 3)]),
     ],
-    ids="often late cutoffs remoe null first_router tuned".split(),
+    ids="often late cutoffs remoe muon rounding null first_router tuned".split(),
 )
 def test_stopped_anywhere_a_run_goes_on(start, after, dataset, topk_run, tmp_path, capsys, settings, stops):
     """Stopped by Ctrl-C, SIGTERM or a crash after any iteration, evaluated there or not, a run goes on bit
@@ -677,6 +684,7 @@ def test_a_finished_run_can_be_made_longer(dataset, straight, tmp_path):
     "new",
     [
         {"weight_decay": 0.03, "beta1": 0.7, "beta2": 0.8, "learning_rate": 0.003, "max_iters": 14},
+        {"embedding_boost": 5.0, "max_iters": 13},
         {"max_iters": 13, "router": "topk"},
         {"max_iters": 13, "router": "online_seqtopk", "dtype": "float16"},
     ],
@@ -691,9 +699,9 @@ def test_resume_obeys_new_settings(straight, tmp_path, new):
     config = TrainConfig(**last["train_config"])
     assert {name: getattr(config, name) for name in new} == new and last["step"] == config.max_iters
     assert last["config"]["router"] == config.router
-    groups, betas = last["optimizer"]["param_groups"], (config.beta1, config.beta2)
+    groups, betas = last["optimizers"][0]["param_groups"], (config.beta1, config.beta2)
     decays = [(group["weight_decay"], group["betas"]) for group in groups]
-    assert decays == [(config.weight_decay, betas), (0.0, betas)]
+    assert decays == [(config.weight_decay, betas), (0.0, betas), (config.weight_decay, betas)]
     assert entries(folder, "train")[-1]["lr"] == train.learning_rate(config, config.max_iters - 1)
     if "dtype" in new:  # and from a format whose gradients are scaled to another
         train.main(flags(init_from="resume", out_dir=folder, max_iters=14, dtype="bfloat16"))
@@ -797,7 +805,9 @@ def test_fine_tuning_under_another_router(dataset, topk_run, tmp_path, seen, nam
     last = load_checkpoint(folder / "last.pt")
     wanted = SHAPE | {"router": "seqtopk", "block_size": block_size}
     assert {key: last["config"][key] for key in wanted} == wanted and last["step"] == 2
-    assert {state["step"].item() for state in last["optimizer"]["state"].values()} == {2.0}
+    adamw, muon = last["optimizers"]
+    assert {state["step"].item() for state in adamw["state"].values()} == {2.0}
+    assert {group["step"] for group in muon["param_groups"]} == {2}
     evals = entries(folder, "eval")
     assert evals[0]["step"] == 0 and evals[0]["causal"] != evals[0]["as_trained"]
     assert contents(topk_run) == before
