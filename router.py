@@ -155,11 +155,7 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
     A round fixes one bit of every answer, from the highest down. It counts how many ranks of a query's prefix
     have a 0 there. If these are more than nth, the answer has a 0 too, and the search goes on among them;
     else it has a 1, the search goes on among the others, and nth drops by the number of those with a 0.
-
-    Then the ranks are regrouped for the next round: those that agree in all bits so far form a group. They
-    stand side by side in their old order, so that the ranks a query still searches are the first `length` of
-    its group. Because ranks are a permutation, a group holds consecutive numbers and begins at the place that
-    is its smallest number. For a query's group that is `answer`, whose bits not yet found are 0.
+    Before the next round, `regroup` makes the ranks that a query still searches the first `length` of a group.
 
     The third smallest (nth = 2) of the first five of these eight ranks, 5 2 7 0 3:
 
@@ -167,8 +163,6 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
         2 0 3 1           bit 2 is 0 in 0, one rank <= nth:        1; nth = 1, go on in the first two of 2 3
         2 3               bit 1 is 0 in 2, one rank <= nth:        1; the answer is 011 = 3
     """
-    rank = rank.clone()
-    place = torch.arange(rank.shape[1], device=rank.device)
     answer = torch.zeros_like(nth)  # the bits found so far; also where the query's group begins
     for bit in reversed(range((rank.shape[1] - 1).bit_length())):
         half = 1 << bit
@@ -180,11 +174,23 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
         nth = torch.where(is_one, nth - zeros_in_prefix, nth)
         length = torch.where(is_one, length - zeros_in_prefix, zeros_in_prefix)
         answer = answer + half * is_one
-        group_start = place & -(2 * half)  # of the group that each place is in
-        zeros_before = zeros[:, :-1] - group_start // 2  # in the group, before the place
-        new_place = torch.where(is_zero, group_start + zeros_before, place + half - zeros_before)
-        rank = torch.empty_like(rank).scatter_(-1, new_place, rank)
+        rank = regroup(rank, is_zero, zeros, half)
     return answer
+
+
+def regroup(rank: Tensor, is_zero: Tensor, zeros: Tensor, half: int) -> Tensor:
+    """Split each group into the ranks that have a 0 at the bit `half` and, after them, those that have a 1.
+
+    A group: all ranks that agree in the bits above, side by side in their old order. Because ranks are a
+    permutation, it holds 2*half consecutive numbers and begins at the place that is its smallest one.
+
+    rank, is_zero (B, n); zeros (B, n+1), how many of the first i have a 0 -> (B, n).
+    """
+    place = torch.arange(rank.shape[1], device=rank.device)
+    group_start = place & -(2 * half)
+    zeros_before = zeros[:, :-1] - group_start // 2  # in the group, before the place
+    new_place = torch.where(is_zero, group_start + zeros_before, place + half - zeros_before)
+    return torch.empty_like(rank).scatter_(-1, new_place, rank)
 
 
 def cap_spending(n_taken: Tensor, extra_budget: Tensor, spent: Tensor) -> Tensor:
