@@ -155,7 +155,7 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
     A round fixes one bit of every answer, from the highest down. It counts how many ranks of a query's prefix
     have a 0 there. If these are more than nth, the answer has a 0 too, and the search goes on among them;
     else it has a 1, the search goes on among the others, and nth drops by the number of those with a 0.
-    Before the next round, `regroup` makes the ranks that a query still searches the first `length` of a group.
+    Then `regroup` makes the ranks that a query still searches the first `length` ones of a group.
 
     The third smallest (nth = 2) of the first five of these eight ranks, 5 2 7 0 3:
 
