@@ -1,4 +1,4 @@
-# Word problems on two CPU cores in under nine minutes. The vocabulary is small: most work is in the experts.
+# Word problems in ten minutes of one CPU core. The vocabulary is small: most work is in the experts.
 dataset = "arithmetic"
 router = "topk"
 n_expert = 32
