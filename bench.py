@@ -40,7 +40,7 @@ from optimizers import make_optimizers
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
 from train import TrainConfig
 
-BOUNDED = [name for name, row in ROUTERS.items() if row.exact or row.max_pairs]  # their shapes are static
+BOUNDED = [name for name, row in ROUTERS.items() if row.bounded]  # their shapes are static
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # so many steps of an Expert Cache merge its buffers once
 INIT_STD = 0.02  # of the model's random weights

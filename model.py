@@ -125,7 +125,7 @@ class MoEConfig:
         return self.n_expert > 1 and layer >= self.n_dense_layer
 
     def options_of(self, row: Router) -> dict[str, object]:
-        """What the router of that row takes besides k."""
+        """The settings that the router of that row takes besides k."""
         return {name: getattr(self, name) for name in row.options if name != "state"}
 
 
@@ -468,11 +468,13 @@ class MoE(nn.Module):
             scores = scores + self.bias
         if cache is not None:
             return cache.select(scores, context.active)
-        options = self.config.options_of(row)
-        if "state" in row.options:
-            options["state"] = self.router_state()
-        mask = row.select(scores, self.config.k, **options)
+        mask = row.select(scores, self.config.k, **self.options_of(row))
         return mask if context.active is None else mask & context.active.unsqueeze(-1)
+
+    def options_of(self, row: Router) -> dict[str, object]:
+        """What the router of that row takes besides k: settings, and the state if it asks for it."""
+        state = {"state": self.router_state()} if "state" in row.options else {}
+        return self.config.options_of(row) | state
 
     def weigh(self, scores: Tensor, mask: Tensor) -> Tensor:
         """What multiplies each expert's output: the score, without the bias, which selects and never weighs,
@@ -522,8 +524,7 @@ class MoE(nn.Module):
         config, row = self.config, ROUTERS[self.config.router]
         draw = torch.Generator().manual_seed(0)
         logits = torch.randn(2, 16, len(self.bias), generator=draw).to(self.bias.device)
-        options = config.options_of(row) | ({"state": self.router_state()} if "state" in row.options else {})
-        check_promises(config.router, SCORES[config.score_fn](logits), config.k, **options)
+        check_promises(config.router, SCORES[config.score_fn](logits), config.k, **self.options_of(row))
 
     def router_state(self) -> State:
         return dict(self.state.named_buffers())

@@ -76,7 +76,8 @@ def orthogonalised(x: Tensor) -> Tensor:
 
 
 class SeededOptimizer(Optimizer):
-    """Gives `update` each weight that has a gradient, its group, and a random generator of its own."""
+    """Gives `update` each weight that has a gradient, its group and, to round bfloat16 at random, a generator
+    of its own."""
 
     def __init__(self, groups: list[dict], seed: int, **defaults):
         super().__init__(groups, defaults | {"seed": seed, "step": 0})
@@ -90,9 +91,11 @@ class SeededOptimizer(Optimizer):
                 seed = (group["seed"] + group["step"] * 2**24 + number) % 2**63
                 number += 1
                 if weight.grad is not None:
-                    self.update(weight, group, torch.Generator(weight.device).manual_seed(seed))
+                    rounds = weight.dtype == torch.bfloat16
+                    draw = torch.Generator(weight.device).manual_seed(seed) if rounds else None
+                    self.update(weight, group, draw)
 
-    def update(self, weight: Tensor, group: dict, draw: torch.Generator) -> None:
+    def update(self, weight: Tensor, group: dict, draw: torch.Generator | None) -> None:
         raise NotImplementedError
 
 
@@ -108,7 +111,7 @@ class Muon(SeededOptimizer):
     def __init__(self, groups: list[dict], lr: float, seed: int, momentum: float = 0.95):
         super().__init__(groups, seed, lr=lr, momentum=momentum)
 
-    def update(self, weight: Tensor, group: dict, draw: torch.Generator) -> None:
+    def update(self, weight: Tensor, group: dict, draw: torch.Generator | None) -> None:
         state, momentum = self.state[weight], group["momentum"]
         if not state:
             state["mean"] = torch.zeros_like(weight)
@@ -118,7 +121,7 @@ class Muon(SeededOptimizer):
         for part, towards in zip(*parts, strict=True):
             length = 0.2 * max(part.shape[-2:]) ** 0.5 * group["lr"]
             new = torch.add(part.float(), orthogonalised(towards.float()), alpha=-length)
-            part.copy_(round_at_random(new, draw) if part.dtype == torch.bfloat16 else new)
+            part.copy_(round_at_random(new, draw) if draw else new)
 
 
 class RoundingAdamW(SeededOptimizer):
@@ -133,7 +136,7 @@ class RoundingAdamW(SeededOptimizer):
     def __init__(self, groups, lr: float, betas: tuple[float, float], seed: int, weight_decay: float = 0.0):
         super().__init__(groups, seed, lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay)
 
-    def update(self, weight: Tensor, group: dict, draw: torch.Generator) -> None:
+    def update(self, weight: Tensor, group: dict, draw: torch.Generator | None) -> None:
         state = self.state[weight]
         if not state:
             state |= {"mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
@@ -142,7 +145,7 @@ class RoundingAdamW(SeededOptimizer):
             self._update(*piece, group, draw)
 
     @staticmethod
-    def _update(weight, mean, square, grad, group: dict, draw: torch.Generator) -> None:
+    def _update(weight, mean, square, grad, group: dict, draw: torch.Generator | None) -> None:
         """One step for (n,) tensors, of which the first three are changed."""
         w, m, v, g = (tensor.float() for tensor in (weight, mean, square, grad))
         (beta1, beta2), lr, n = group["betas"], group["lr"], group["step"]
@@ -151,7 +154,7 @@ class RoundingAdamW(SeededOptimizer):
         scale = (v / (1 - beta2**n)).sqrt_().add_(group["eps"])
         w = (w * (1 - lr * group["weight_decay"])).addcdiv_(m, scale, value=-lr / (1 - beta1**n))
         for target, value in ((weight, w), (mean, m), (square, v)):
-            target.copy_(round_at_random(value, draw) if target.dtype == torch.bfloat16 else value)
+            target.copy_(round_at_random(value, draw) if draw else value)
 
 
 def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:

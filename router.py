@@ -373,6 +373,11 @@ class Router(NamedTuple):
     loss: Callable[..., Tensor] | None = None
     update: Callable[..., State] | None = None
 
+    @property
+    def bounded(self) -> bool:
+        """Whether it keeps to a number of pairs that is known without looking at the data."""
+        return self.exact or self.max_pairs is not None
+
 
 def online_max_pairs(config, tokens: int, fresh: bool) -> int | None:
     """A strict budget binds from the start of a sequence; later a token may spend what earlier ones saved."""

@@ -69,7 +69,7 @@ class TrainConfig(MoEConfig):
     warmup_iters: int = 100  # iterations of linear warm-up
     lr_decay_iters: int | None = None  # the cosine reaches min_lr here (none: max_iters)
     min_lr: float | None = None  # none: learning_rate / 10
-    weight_decay: float = 0.0  # AdamW's, of matrices; vectors and gates have none
+    weight_decay: float = 0.0  # AdamW's, of matrices; vectors have none
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
     grad_clip: float = 1.0  # largest norm of the gradient (0: any)
@@ -138,8 +138,8 @@ class TrainConfig(MoEConfig):
 
 # What a run that is resumed cannot change: what decides the order of its data and the state of its optimiser.
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
-GIVEN = {"boost", "weight_decay", "betas"}  # of an optimiser's group: what is given now holds
 OPTIMIZER = ["optimizer", "train_only", "weights_dtype"]
+GIVEN = {"boost", "weight_decay", "betas"}  # of an optimiser's group: what is given now holds
 
 
 def architecture() -> list[str]:
@@ -370,7 +370,7 @@ def train_step(run: Run) -> Tensor:
         total, loss, stats = losses(run, *batch(run, micro_step))
         run.scaler.scale(total / n).backward()  # all count alike, however many answers they hold
         mean_loss = mean_loss + loss / n
-        if config.bias_rate or ROUTERS[config.router].update:
+        if stats.routing and (config.bias_rate or ROUTERS[config.router].update):
             routings.append([Routing(*map(Tensor.detach, layer)) for layer in stats.routing])
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
@@ -381,7 +381,7 @@ def train_step(run: Run) -> Tensor:
         run.scaler.step(optimizer)
         optimizer.zero_grad()
     run.scaler.update()
-    if routings and run.model.expert_layers():
+    if routings:
         adapt(run, routings)
     run.step += 1
     return torch.stack([mean_loss, norm])

@@ -13,7 +13,7 @@ from experiments.lab import Arm, Lab, Options, compare, run_question
 from config import require
 from router import ROUTERS
 
-BOUNDED = [name for name, row in ROUTERS.items() if row.exact or row.max_pairs]  # they keep to the budget
+BOUNDED = [name for name, row in ROUTERS.items() if row.bounded]
 
 
 @dataclass(frozen=True)
