@@ -490,7 +490,9 @@ class Log:
     run goes on, are dropped, in the file itself: prepare_out_dir has locked it."""
 
     def __init__(self, path: Path, step: int):
-        self.path, lines = path, path.read_bytes().splitlines()
+        self.path = path
+        path.touch()
+        lines = path.read_bytes().splitlines()
         with open(path, "r+b") as file:
             file.write(b"".join(line + b"\n" for line in lines if self._step(line) <= step))
             file.truncate()
