@@ -104,12 +104,14 @@ def test_runs_killed_at_any_moment_go_on(straight, dataset, tmp_path):
     that nothing killed, to the last bit. last.pt never knows of a better iteration than best.pt holds; what a
     save had begun is gone at the end."""
     rng, kills, saving = random.Random(0), 0, 0
+
+    def moment_or_seconds():
+        return rng.choice([(rng.randrange(60), None), (None, rng.random() / 5)])
+
     while kills < KILLS:
         folder = tmp_path / f"after_{kills}_kills"
         act = partial(go_on, folder, dataset)
-        while kills < KILLS and is_killed(
-            act, folder, *rng.choice([(rng.randrange(60),), (None, rng.random() / 5)])
-        ):
+        while kills < KILLS and is_killed(act, folder, *moment_or_seconds()):
             kills += 1
             saving += any(folder.glob(".seqtopk-*"))
             best = {path.name: load_checkpoint(path)["best"] for path in folder.glob("*.pt")}
@@ -117,7 +119,7 @@ def test_runs_killed_at_any_moment_go_on(straight, dataset, tmp_path):
         act()
         assert_same_runs(folder, straight)
         assert contents(folder).keys() == {"best.pt", "last.pt", "log.jsonl"}
-    assert saving > KILLS / 4
+    assert saving > 3
 
 
 def page(path, text):
