@@ -13,7 +13,6 @@ a known budget no shape depends on the data, so the host never waits for the dev
 once a layer, to count the pairs.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import require
+from config.files import whole
 from data import hugging_face
 from router import (
     ROUTERS,
@@ -954,18 +954,18 @@ FORMAT = "seqtopk checkpoint 1"
 
 
 def save_checkpoint(path: str | Path, model: MoEGPT, **extra) -> None:
-    """Write the config and weights of the uncompiled model, and `extra`, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    """Write the config and weights of the uncompiled model, and `extra`, whole or not at all.
+
+    Raises OSError, on a full disk for instance.
+    """
     checkpoint = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **extra}
-    try:
-        with open(temporary, "wb") as file:
+    with whole(Path(path)) as new, open(new, "wb") as file:
+        try:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        except RuntimeError as error:  # torch says at which position a write failed, its context why
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
