@@ -88,7 +88,7 @@ def is_killed(action, folder, moment=None, seconds=None):
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
-    process.join(20 if seconds is None else seconds)  # a lock held by another thread at the fork is never freed
+    process.join(20 if seconds is None else seconds)  # it may wait for a lock lost in the fork
     process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
