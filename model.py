@@ -926,11 +926,15 @@ def fit_state(checkpoint: dict, config: MoEConfig, here: dict[str, Tensor]) -> d
 FORMAT = "seqtopk checkpoint 1"
 
 
-def save_checkpoint(path: str | Path, model: MoEGPT, **extra) -> None:
-    """Write the config and weights of the uncompiled model, and `extra`, whole or not at all."""
+def save_checkpoint(path: str | Path, model: MoEGPT, weights: dict | None = None, **extra) -> None:
+    """Write the config and weights of the uncompiled model, and `extra`, whole or not at all.
+
+    weights: its state_dict without shards (None: it has none).
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    checkpoint = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **extra}
+    checkpoint = {"format": FORMAT, "config": asdict(model.config), **extra}
+    checkpoint["model"] = model.state_dict() if weights is None else weights
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
