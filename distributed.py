@@ -75,10 +75,9 @@ def own_device(device: torch.device) -> torch.device:
         return device
     if world() > 1:
         require(device.index is None, "device", device, "auto, cpu or cuda, as each process has its own GPU")
-        number, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        require(
-            number < found, "nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], f"at most {found}, the GPUs"
-        )
+        number, processes = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        found = torch.cuda.device_count()
+        require(processes <= found, "nproc_per_node", processes, f"at most {found}, one for each GPU")
         device = torch.device("cuda", number)
     torch.cuda.set_device(device.index or 0)
     return device

@@ -121,13 +121,6 @@ class TrainConfig(MoEConfig):
         require(routed or self.train_only == "all", "train_only", "router", "all in a dense model")
         other = self.weights_dtype == "bfloat16" and self.dtype not in ("auto", "bfloat16")
         require(not other, "dtype", self.dtype, "auto or bfloat16 for weights_dtype=bfloat16")
-        self._check_processes()
-
-    def _check_processes(self) -> None:
-        n, remedy = self.gradient_accumulation_steps, "and batch_size smaller by as much"
-        whole = n % world() == 0
-        allowed = f"a multiple of {world()}, the number of processes, {remedy}"
-        require(whole, "gradient_accumulation_steps", n, allowed)
         mixed = self.shard and self.weights_dtype == "bfloat16"  # FSDP2 refuses float32 gates beside it
         require(not mixed, "weights_dtype", "bfloat16", "float32 for shard=true")
 
@@ -202,6 +195,13 @@ def read_checkpoint(init_from: str, out_dir: str) -> dict:
     if "tokenizer" not in checkpoint:
         raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
     return checkpoint
+
+
+def check_processes(config: TrainConfig) -> None:
+    """Raise ValueError unless each process gets as many micro-batches."""
+    n, remedy = config.gradient_accumulation_steps, "give more, and a batch_size smaller by as much"
+    allowed = f"a multiple of {world()}, the number of processes: {remedy}"
+    require(n % world() == 0, "gradient_accumulation_steps", n, allowed)
 
 
 def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainConfig, data.Dataset]:
@@ -707,8 +707,9 @@ def print_sample(run: Run) -> None:
 
 def main(argv: list[str]) -> None:
     with bad_input_exits():
-        config, checkpoint = read_config(argv)
         with distributed.first_before_others():
+            config, checkpoint = read_config(argv)
+            check_processes(config)
             config, dataset = open_dataset(config, checkpoint)
         run = set_up(config, dataset, checkpoint)
         distributed.by_first(lambda: prepare_out_dir(config))
