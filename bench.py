@@ -276,18 +276,15 @@ def bench_train(bench: Bench) -> list[dict]:
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
     peaks = {} if bench.dtype == torch.float32 else PEAKS
     peak_flops = next((peak for name, peak in peaks.items() if name in bench.name), None)
+    n = distributed.world()
     rows = []
     for name, taken in times.items():
-        rate = distributed.world() * size.batch_size * size.tokens / median(taken)
+        rate = n * size.batch_size * size.tokens / median(taken)
         flops = rate * model.flops_per_token(size.tokens)
-        share = flops / distributed.world()  # of a GPU
         row = {"what": f"{name}, {shape}, B={size.batch_size}, T={size.tokens}", "tokens/s": rate}
-        row |= {
-            "GFLOP/s": flops / 1e9,
-            "MFU %": peak_flops and 100 * flops / peak_flops / distributed.world(),
-        }
+        row |= {"GFLOP/s": flops / 1e9, "MFU %": peak_flops and 100 * flops / peak_flops / n}
         row |= {"peak GB": bench.peak_gb(calls[name]), "time/topk": ratio(taken, times["topk"])}
-        if name == "topk" and distributed.world() > 1:
+        if name == "topk" and n > 1:
             row["speed/alone"] = ratio(times["topk, alone"], taken)
         rows.append(row | {"paper": "1.009" if name == "seqtopk" else None, "aim": aims.get(name)})
     return rows
@@ -562,9 +559,8 @@ def main(argv: list[str]) -> None:
     named = [name for name in argv[:1] if not name.startswith("-")]
     for name in named:
         require(name in PARTS, "the part", name, f"one of {', '.join(PARTS)}, or table")
-    require(
-        distributed.world() == 1 or named == ["train"], "the part", named or "all", "train under torchrun"
-    )
+    alone = distributed.world() == 1
+    require(alone or named == ["train"], "the part", named or "all", "train under torchrun")
     firsts = "\n".join(f"  {name:10}  {text.splitlines()[0]}" for name, text in texts.items())
     with distributed.first_before_others():
         config = BenchOptions.read(argv[len(named) :], f"{__doc__}\n{firsts}")

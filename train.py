@@ -656,7 +656,9 @@ def command(script: str, config: TrainConfig, option: str) -> str:
     """What a user types to go on with this run; it names the file that defines a router of the user's own."""
     module = getattr(ROUTERS[config.router].select, "__module__", "")  # of a config file: its path
     own = [os.path.relpath(module)] if module.endswith(".py") else []
-    return shlex.join(["python", script, *own, f"--out_dir={config.out_dir}", option])
+    several = world() > 1 and script == "train.py"
+    start = ["torchrun", f"--nproc_per_node={world()}"] if several else ["python"]
+    return shlex.join([*start, script, *own, f"--out_dir={config.out_dir}", option])
 
 
 def describe(run: Run) -> str:
