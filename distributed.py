@@ -48,7 +48,7 @@ def joined() -> Iterator[None]:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
             yield
     except RuntimeError as error:
-        if "closed by peer" not in str(error):
+        if "by peer" not in str(error):  # closed, or reset
             raise
         line = f"error: process {rank()} of {world()} ends, because another one has ended"
         print(line, file=sys.stderr)
@@ -101,9 +101,9 @@ def distribute(model: nn.Module, device: torch.device, shard: bool) -> nn.Module
 
 
 def accumulating(forward: nn.Module, more: bool) -> AbstractContextManager:
-    """Forward and backward inside; `more`: of other micro-batches too, so that DDP need not average yet.
+    """Forward and backward inside. `more` micro-batches follow: DDP need not average the gradients yet.
 
-    FSDP2 averages anyway, because it could wait only with a whole gradient in each process.
+    FSDP2 averages anyway: to wait, each process would have to hold whole gradients.
     """
     return forward.no_sync() if more and hasattr(forward, "no_sync") else nullcontext()
 
@@ -118,7 +118,7 @@ def full(x: Tensor) -> Tensor:
 
 
 def own_part(x: Tensor, like: Tensor) -> Tensor:
-    """x as `like` is: sharded in the same way, if that is a shard of the same shape."""
+    """x, whole in every process, sharded as `like` is, if that is a shard of the same shape."""
     if is_shard(like) and getattr(x, "shape", None) == like.shape:
         from torch.distributed.tensor import distribute_tensor
 
@@ -134,8 +134,9 @@ def local(x: Tensor) -> Tensor:
 def by_matrix(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What this process has of function(x), which treats each matrix of x (..., rows, columns) by itself.
 
-    A stack is sharded into whole matrices. A matrix is sharded into rows: it is gathered, and every process
-    computes all of it, because the matrices outside of experts are few, and to scatter results costs time.
+    A sharded stack of experts consists of whole matrices, and each process computes its own. A sharded
+    matrix consists of rows: every process gathers and computes all of it and keeps its rows, because the
+    matrices outside of experts are few, and a second message, to scatter results, would take longer.
     """
     if is_shard(x) and x.dim() == 2:
         return local(own_part(function(full(x)), x))

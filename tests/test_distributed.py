@@ -157,3 +157,21 @@ def test_experts_without_tokens_have_a_zero_gradient():
     for layer in model.expert_layers():
         assert not layer.w_in.grad[0].any() and layer.w_in.grad[1].any()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    """The current device is the one that is asked for, or that of the process's number on its machine."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    distributed.own_device(torch.device("cuda:1"))
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    assert distributed.own_device(torch.device("cuda")) == torch.device("cuda:1")
+    assert [torch.device("cuda", device) for device in current] == [torch.device("cuda:1")] * 2
+    with refused("device is cuda:1, but must be auto, cpu or cuda"):
+        distributed.own_device(torch.device("cuda:1"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with refused("nproc_per_node is 3, but must be at most 2"):
+        distributed.own_device(torch.device("cuda"))
