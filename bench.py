@@ -4,6 +4,7 @@
     python bench.py decode --shape=heavy --batch_size=1  one part; --help lists the parts and the keys
     python bench.py --json=experiments/results/laptop.json --plot=laptop.png
     python bench.py table                                the table of README.md, from experiments/results
+    torchrun --nproc_per_node=8 bench.py train           several GPUs, and what they lose by waiting
 
 What is compared takes turns, A B A B ..., so that what slows the machine for a while slows both. A ratio is
 the median over these pairs, with its quartiles. `time/x` is the time as a multiple of x's, so less is better;
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+import distributed
 from config import bad_input_exits, require, results
 from config.device import give_back_freed_memory, keep_freed_memory
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
@@ -134,7 +136,7 @@ class Bench(results.Machine):
         for done in range(-warm_up, MAX_ROUNDS):
             if done == 0:
                 end = time.perf_counter() + seconds * self.config.effort
-            if done >= MIN_ROUNDS and time.perf_counter() > end:
+            if done >= MIN_ROUNDS and distributed.anyone(time.perf_counter() > end):
                 break
             for name, call in calls.items():
                 if before:
@@ -255,41 +257,52 @@ def bench_train(bench: Bench) -> list[dict]:
     What a user waits for: forward, backward, clipping, Muon and AdamW; in the last row AdamW alone.
     The paper trains 246.4 GPU-hours under SeqTopK and 244.2 under TopK. Memory is the peak during a step, of
     the GPU or of the whole process.
+
+    Under torchrun, B is what each process has, and tokens/s are those of all together. The scaling
+    efficiency is "speed/alone": against the same step when no process waits for the gradients of others.
     """
     shape = bench.config.shape or "small"
-    model = MoEGPT(bench.shape(shape)).to(bench.device)
+    model = MoEGPT(bench.shape(shape))
+    forward = distributed.distribute(model, bench.device, shard=False)
     size = bench.sized(batch_size=64 if bench.gpu else 4, tokens=model.config.block_size)
     text = bench.text(model.config.vocab_size, size.batch_size, size.tokens + 1)
-    forward = bench.compiled(model)
+    forward = bench.compiled(forward, fullgraph=forward is model)
     settings = (TrainConfig(optimizer=name, learning_rate=1e-4) for name in ("muon", "adamw"))
     step, plain = (train_step(model, forward, text, bench.dtype, make_optimizers(model, s)) for s in settings)
     calls = {name: partial(step, name) for name in BOUNDED} | {"topk, AdamW": partial(plain, "topk")}
+    if distributed.world() > 1:
+        calls["topk, alone"] = partial(step, "topk", alone=True)
     times = bench.interleave(calls, 25)
     aims = {"seqtopk": "at most 1.01", "online_seqtopk": "at most 1.05"} if shape == "small" else {}
     peaks = {} if bench.dtype == torch.float32 else PEAKS
     peak_flops = next((peak for name, peak in peaks.items() if name in bench.name), None)
+    n = distributed.world()
     rows = []
     for name, taken in times.items():
-        rate = size.batch_size * size.tokens / median(taken)
+        rate = n * size.batch_size * size.tokens / median(taken)
         flops = rate * model.flops_per_token(size.tokens)
         row = {"what": f"{name}, {shape}, B={size.batch_size}, T={size.tokens}", "tokens/s": rate}
-        row |= {"GFLOP/s": flops / 1e9, "MFU %": peak_flops and 100 * flops / peak_flops}
+        row |= {"GFLOP/s": flops / 1e9, "MFU %": peak_flops and 100 * flops / peak_flops / n}
         row |= {"peak GB": bench.peak_gb(calls[name]), "time/topk": ratio(taken, times["topk"])}
+        if name == "topk" and n > 1:
+            row["speed/alone"] = ratio(times["topk, alone"], taken)
         rows.append(row | {"paper": "1.009" if name == "seqtopk" else None, "aim": aims.get(name)})
     return rows
 
 
 def train_step(
     model: MoEGPT, forward: Callable, text: Tensor, dtype: torch.dtype, optimizers: list[Optimizer]
-) -> Callable[[str], None]:
-    """A function of the router's name: an iteration of train.py on text (B, T+1), without reading data."""
+) -> Callable[..., None]:
+    """A function of the router's name: an iteration of train.py on text (B, T+1), without reading data; if
+    `alone`, gradients stay with their process."""
     update = updater(model, optimizers)
     mixed = dtype != next(model.parameters()).dtype
 
-    def step(router: str) -> None:
-        with torch.autocast(text.device.type, dtype) if mixed else nullcontext():
-            _, loss, stats = forward(text[:, :-1], text[:, 1:], router=router)
-        update(loss + stats.balance_loss + stats.z_loss)
+    def step(router: str, alone: bool = False) -> None:
+        with distributed.accumulating(forward, more=alone):
+            with torch.autocast(text.device.type, dtype) if mixed else nullcontext():
+                _, loss, stats = forward(text[:, :-1], text[:, 1:], router=router)
+            update(loss + stats.balance_loss + stats.z_loss)
 
     return step
 
@@ -546,14 +559,17 @@ def main(argv: list[str]) -> None:
     named = [name for name in argv[:1] if not name.startswith("-")]
     for name in named:
         require(name in PARTS, "the part", name, f"one of {', '.join(PARTS)}, or table")
+    alone = distributed.world() == 1
+    require(alone or named == ["train"], "the part", named or "all", "train under torchrun")
     firsts = "\n".join(f"  {name:10}  {text.splitlines()[0]}" for name, text in texts.items())
-    config = BenchOptions.read(argv[len(named) :], f"{__doc__}\n{firsts}")
+    with distributed.first_before_others():
+        config = BenchOptions.read(argv[len(named) :], f"{__doc__}\n{firsts}")
     report = results.measure(Bench.of(config), {name: (texts[name], PARTS[name]) for name in named or PARTS})
-    if config.plot:
+    if config.plot and distributed.rank() == 0:
         results.draw(report, config.plot)
-    results.finish(report, config.json)
+    results.finish(report, None if distributed.rank() else config.json)
 
 
 if __name__ == "__main__":
-    with bad_input_exits():
+    with distributed.joined(), bad_input_exits():
         main(sys.argv[1:])

@@ -953,12 +953,13 @@ def fit_state(checkpoint: dict, config: MoEConfig, here: dict[str, Tensor]) -> d
 FORMAT = "seqtopk checkpoint 1"
 
 
-def save_checkpoint(path: str | Path, model: MoEGPT, **extra) -> None:
+def save_checkpoint(path: str | Path, model: MoEGPT, weights: dict | None = None, **extra) -> None:
     """Write the config and weights of the uncompiled model, and `extra`, whole or not at all.
 
-    Raises OSError, on a full disk for instance.
+    weights: its state_dict without shards (None: it has none). Raises OSError, on a full disk for instance.
     """
-    checkpoint = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **extra}
+    checkpoint = {"format": FORMAT, "config": asdict(model.config), **extra}
+    checkpoint["model"] = model.state_dict() if weights is None else weights
     with whole(Path(path)) as new, open(new, "wb") as file:
         try:
             torch.save(checkpoint, file)

@@ -3,9 +3,13 @@
 The random numbers of a step are a function of `seed` and the step: there is no random state to keep.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+
+from distributed import by_matrix, local
 
 
 def make_optimizers(model, config) -> list[Optimizer]:
@@ -117,11 +121,16 @@ class Muon(SeededOptimizer):
             state["mean"] = torch.zeros_like(weight)
         mean = state["mean"].lerp_(weight.grad, 1 - momentum)
         direction = weight.grad.lerp(mean, momentum)  # Nesterov's
-        parts = (tensor.split(group["split"], group["dim"]) for tensor in (weight, direction))
-        for part, towards in zip(*parts, strict=True):
-            length = 0.2 * max(part.shape[-2:]) ** 0.5 * group["lr"]
-            new = torch.add(part.float(), orthogonalised(towards.float()), alpha=-length)
-            part.copy_(round_at_random(new, draw) if draw else new)
+        weight = local(weight)
+        new = weight.float() - group["lr"] * by_matrix(partial(self._steps, group), direction)
+        weight.copy_(round_at_random(new, draw) if draw else new)
+
+    @staticmethod
+    def _steps(group: dict, direction: Tensor) -> Tensor:
+        """Of the matrices side by side in direction, at a rate of 1: float32 of the same shape."""
+        parts = direction.float().split(group["split"], group["dim"])
+        steps = [0.2 * max(part.shape[-2:]) ** 0.5 * orthogonalised(part) for part in parts]
+        return torch.cat(steps, group["dim"])
 
 
 class RoundingAdamW(SeededOptimizer):

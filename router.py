@@ -512,9 +512,9 @@ def update_cutoff(state: State, routing: Routing, config) -> State:
     The newest iteration weighs 1/1000 as in the paper, but 10/(n + 10) after n < 10,000 updates, because
     scores change fast at first: the first update leaves nothing old.
     """
-    tokens = routing.scores.flatten(1, 2)  # (L, S, E)
-    _, S, E = tokens.shape
-    newest = tokens.kthvalue(S + 1 - max(1, S * config.k // E), dim=1).values  # (L, E)
+    scores = routing.scores.flatten(1, 2).mT.contiguous()  # (L, E, S): a GPU is slow along another dimension
+    _, E, S = scores.shape
+    newest = scores.kthvalue(S + 1 - max(1, S * config.k // E)).values  # (L, E)
     updates = torch.where(state["k"] == config.k, state["updates"], 0)  # another k begins a new average
     weight = (10 / (updates + 10)).clamp(min=0.001).unsqueeze(-1)  # (L, 1)
     k = torch.full_like(state["k"], config.k)

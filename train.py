@@ -6,6 +6,7 @@
     python train.py --init_from=out/small_topk --router=seqtopk --max_iters=100 --warmup_iters=10
     python train.py config/finetune_olmoe_gsm8k.py
     python train.py config/tiny_seqtopk.py --router=online_seqtopk --first_router=seqtopk --first_iters=630
+    torchrun --nproc_per_node=2 train.py config/tiny_seqtopk.py --gradient_accumulation_steps=2 --batch_size=8
 
 Each evaluation prints two validation losses. The first is causal: the router's `decode` stand-in routes,
 which sees no future token, as when sampling; it is the likelihood of the text. The second is under the router
@@ -26,6 +27,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import numpy as np
@@ -35,9 +37,11 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import data
+import distributed
 from config import bad_input_exits, parse, require
 from config.device import DTYPES, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from config.files import lock, remove_leftovers
+from distributed import rank, world
 from model import (
     MoEConfig,
     MoEGPT,
@@ -62,7 +66,7 @@ class TrainConfig(MoEConfig):
     train_only: str = "all"  # all, or router: the gates alone learn, which takes far less memory
     dataset: str = "pysource"  # a folder of data/, prepared if need be, or the path of one
     batch_size: int = 16  # sequences in a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches in an iteration
+    gradient_accumulation_steps: int = 1  # micro-batches in an iteration, of all processes
     max_iters: int = 1000  # iterations: steps of the optimiser
     first_router: str | None = None  # the router of the first first_iters iterations (none: router)
     first_iters: int = 0  # iterations under first_router
@@ -88,6 +92,7 @@ class TrainConfig(MoEConfig):
     dtype: str = "auto"  # auto, float32, bfloat16 or float16, to compute in
     weights_dtype: str = "float32"  # or bfloat16, rounded at random: weights and AdamW in half the memory
     checkpoint_activations: bool = False  # each block is computed again going backward: saves memory
+    shard: bool = False  # under torchrun: each process has a part of weights, gradients and moments
     compile: str = "auto"  # torch.compile: auto, true or false
     seed: int = 1337  # of the weights and the order of the data
 
@@ -117,8 +122,10 @@ class TrainConfig(MoEConfig):
         self._check_first_router()
         routed = any(map(self.has_experts, range(self.n_layer)))
         require(routed or self.train_only == "all", "train_only", "router", "all in a dense model")
-        finer = self.weights_dtype == "bfloat16" and self.dtype == "float32"
-        require(not finer, "dtype", "float32", "auto, bfloat16 or float16 for weights_dtype=bfloat16")
+        other = self.weights_dtype == "bfloat16" and self.dtype not in ("auto", "bfloat16")
+        require(not other, "dtype", self.dtype, "auto or bfloat16 for weights_dtype=bfloat16")
+        mixed = self.shard and self.weights_dtype == "bfloat16"  # FSDP2 refuses float32 gates beside it
+        require(not mixed, "weights_dtype", "bfloat16", "float32 for shard=true")
 
     def _check_first_router(self) -> None:
         first = self.first_router
@@ -193,6 +200,13 @@ def read_checkpoint(init_from: str, out_dir: str) -> dict:
     return checkpoint
 
 
+def check_processes(config: TrainConfig) -> None:
+    """Raise ValueError unless each process gets as many micro-batches."""
+    n, remedy = config.gradient_accumulation_steps, "give more, and a batch_size smaller by as much"
+    allowed = f"a multiple of {world()}, the number of processes: {remedy}"
+    require(n % world() == 0, "gradient_accumulation_steps", n, allowed)
+
+
 def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainConfig, data.Dataset]:
     """The data, and the configuration with its vocabulary filled in. Raises ValueError if they do not fit."""
     dataset = data.load(config.dataset)
@@ -223,7 +237,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     model: MoEGPT
-    forward: MoEGPT  # the model, perhaps compiled
+    forward: torch.nn.Module  # the model, perhaps in DDP, perhaps compiled
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     step: int = 0  # iterations done
@@ -236,8 +250,11 @@ class Run:
 
     def save(self, name: str) -> bool:
         """Write the run to a file of this name in out_dir. False if it cannot be written, which is said."""
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        weights, optimizers = distributed.whole([self.model.state_dict(), optimizers])
         state = {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "weights": weights,
+            "optimizers": optimizers,
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),  # nothing in training draws from it, unless somebody adds dropout
             "step": self.step,  # the data order is a function of it
@@ -247,20 +264,24 @@ class Run:
             "train_config": asdict(self.config),
             "tokenizer": self.dataset.tokenizer.meta,
         }
+        saved = distributed.by_first(lambda: self._write(name, state))
+        if saved and name == "last.pt":
+            self.saved = self.step
+        return saved
+
+    def _write(self, name: str, state: dict) -> bool:
         try:
             save_checkpoint(Path(self.config.out_dir) / name, self.model, **state)
         except OSError as error:
             tqdm.write(f"warning: {name} could not be saved ({error.strerror or error})")
             return False
-        if name == "last.pt":
-            self.saved = self.step
         return True
 
     def restore(self, checkpoint: dict) -> None:
         """Continue where the checkpoint was written. The model has its weights already."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             given = [{key: group[key] for key in GIVEN & group.keys()} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(distributed.sharded(state, optimizer))
             for group, settings in zip(optimizer.param_groups, given, strict=True):
                 group |= settings
         if self.scaler.is_enabled() and checkpoint["scaler"]:  # another GPU may need another dtype
@@ -274,19 +295,21 @@ class Run:
 def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) -> Run:
     """Build the run and print what was chosen and why. Raises ValueError for a device that is not there."""
     device, device_reason = pick_device(config.device)
+    device = distributed.own_device(device)
     dtype, dtype_reason = pick_dtype(config.dtype, device)
-    if dtype == torch.float32 and config.weights_dtype == "bfloat16":  # auto chose it, as on a CPU
+    if config.weights_dtype == "bfloat16" and dtype != torch.bfloat16:  # auto chose it, as on a CPU
         dtype, dtype_reason = torch.bfloat16, "that of the weights"
     compiled, compile_reason = pick_compile(config.compile, device, dtype)
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = make_model(config, checkpoint).to(device)
+    model = make_model(config, checkpoint)
+    forward = distributed.distribute(model, device, config.shard)
     print(f"device    {device} ({device_reason})")
     print(f"dtype     {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     print(f"compile   {compiled} ({compile_reason})")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(config, dataset, device, dtype, model, model, make_optimizers(model, config), scaler)
+    run = Run(config, dataset, device, dtype, model, forward, make_optimizers(model, config), scaler)
     if config.init_from == "resume":
         run.restore(checkpoint)
     for layer in model.expert_layers()[:1]:
@@ -317,7 +340,8 @@ def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
 
 def compile_or_explain(run: Run) -> None:
     """Compile run.forward and try it on one batch; if that fails and nobody insisted, it stays plain."""
-    run.forward = torch.compile(run.model)
+    plain = run.forward
+    run.forward = torch.compile(plain)
     try:
         for router in {run.config.router_at(run.step), run.config.router}:
             losses(run, *batch(run, 0), router)[0].backward()
@@ -327,7 +351,7 @@ def compile_or_explain(run: Run) -> None:
         if run.config.compile == "true":
             raise ValueError(f"compile is true, but torch.compile fails here with {error}") from error
         print(f"compile   off after all: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-        run.forward = run.model
+        run.forward = plain
     run.model.zero_grad()
 
 
@@ -370,11 +394,13 @@ def losses(run: Run, x: Tensor, y: Tensor, router: str | None = None) -> tuple[T
 
 def train_step(run: Run) -> Tensor:
     """One iteration, without waiting for the device: -> (2,) mean cross-entropy and norm of the gradient."""
-    config, n = run.config, run.config.gradient_accumulation_steps
+    config, n = run.config, run.config.gradient_accumulation_steps // world()  # of this process
     mean_loss, routings = 0.0, []
-    for micro_step in range(run.step * n, (run.step + 1) * n):
-        total, loss, stats = losses(run, *batch(run, micro_step))
-        run.scaler.scale(total / n).backward()  # all count alike, however many answers they hold
+    first = (run.step * world() + rank()) * n
+    for micro_step in range(first, first + n):
+        with distributed.accumulating(run.forward, more=micro_step + 1 < first + n):
+            total, loss, stats = losses(run, *batch(run, micro_step))
+            run.scaler.scale(total / n).backward()  # all count alike, however many answers they hold
         mean_loss = mean_loss + loss / n
         if stats.routing and (config.bias_rate or ROUTERS[config.router].update):
             routings.append([Routing(*map(Tensor.detach, layer)) for layer in stats.routing])
@@ -390,7 +416,7 @@ def train_step(run: Run) -> Tensor:
     if routings:
         adapt(run, routings)
     run.step += 1
-    return torch.stack([mean_loss, norm])
+    return torch.stack([mean_loss, distributed.full(norm)])
 
 
 def adapt(run: Run, routings: list[list[Routing]]) -> None:
@@ -400,13 +426,14 @@ def adapt(run: Run, routings: list[list[Routing]]) -> None:
     """
     config, layers = run.config, run.model.expert_layers()
     by_layer = ([torch.cat(parts) for parts in zip(*micro_batches)] for micro_batches in zip(*routings))
-    routing = Routing(*map(torch.stack, zip(*by_layer)))  # (L, n*B, T, E) each
+    routing = Routing(*map(torch.stack, zip(*by_layer)))  # (L, n*B, T, E) each, of this process
     if config.bias_rate:
-        load = routing.mask.sum((1, 2))  # (L, E)
+        load = distributed.total(routing.mask.sum((1, 2)))  # (L, E)
         for layer, pairs_of_expert in zip(layers, load, strict=True):
             layer.bias.copy_(loss_free_update(layer.bias, pairs_of_expert, config.bias_rate))
     if update := ROUTERS[config.router].update:
         states = [layer.router_state() for layer in layers]
+        routing = Routing(*(distributed.gathered(tensor, dim=1) for tensor in routing))
         old = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         for name, tensors in update(old, routing, config).items():
             for state, tensor in zip(states, tensors, strict=True):
@@ -537,7 +564,7 @@ class Meter:
         """Average and log what has come since the last time. Raises Diverged."""
         if not self.pending:
             return
-        rows = torch.stack(self.pending).tolist()
+        rows = (distributed.total(torch.stack(self.pending)) / world()).tolist()
         self.losses += [loss for loss, _ in rows]
         self.loss, norm = (sum(values) / len(rows) for values in zip(*rows, strict=True))
         seconds = time.perf_counter() - self.start
@@ -577,6 +604,7 @@ def evaluate_and_save(run: Run, meter: Meter) -> None:
     decodes, trains = ROUTERS[run.config.router].decode, run.config.router_at(run.step)
     causal = evaluate(run, decodes)
     as_trained = causal if trains == decodes else evaluate(run, trains)
+    causal, as_trained = distributed.by_first(lambda: (causal, as_trained))  # others may differ in a last bit
     train_loss = sum(meter.losses) / len(meter.losses) if meter.losses else math.nan
     tqdm.write(table_line(run.step, train_loss, causal, as_trained, meter.tokens_per_second))
     if not math.isfinite(causal["loss"]):
@@ -594,10 +622,12 @@ def evaluate_and_save(run: Run, meter: Meter) -> None:
 def train(run: Run) -> bool:
     """Run the iterations that are left; True if they were all run, False after Ctrl-C. Raises Diverged."""
     config = run.config
-    meter = Meter(Log(Path(config.out_dir) / "log.jsonl", run.step))
+    silent = SimpleNamespace(write=lambda **entry: None)
+    meter = Meter(silent if rank() else Log(Path(config.out_dir) / "log.jsonl", run.step))
     print("\n" + HEADER.format(as_trained="as trained" if config.first_iters else f"under {config.router}"))
-    with Interrupt() as interrupt, tqdm(total=config.max_iters, initial=run.step, disable=None) as bar:
-        while run.step < config.max_iters and not interrupt.wished:
+    progress = tqdm(total=config.max_iters, initial=run.step, disable=rank() > 0 or None)
+    with Interrupt() as interrupt, progress as bar:
+        while run.step < config.max_iters and not distributed.anyone(interrupt.wished):
             if run.step % config.eval_interval == 0 and run.step != run.evaluated:
                 evaluate_and_save(run, meter)
             meter.pending.append(train_step(run))
@@ -669,7 +699,9 @@ def command(script: str, config: TrainConfig, option: str) -> str:
     """What a user types to go on with this run; it names the file that defines a router of the user's own."""
     module = getattr(ROUTERS[config.router].select, "__module__", "")  # of a config file: its path
     own = [os.path.relpath(module)] if module.endswith(".py") else []
-    return shlex.join(["python", script, *own, f"--out_dir={config.out_dir}", option])
+    several = world() > 1 and script == "train.py"
+    start = ["torchrun", f"--nproc_per_node={world()}"] if several else ["python"]
+    return shlex.join([*start, script, *own, f"--out_dir={config.out_dir}", option])
 
 
 def describe(run: Run) -> str:
@@ -701,7 +733,7 @@ def estimate(run: Run) -> str:
         run.model.zero_grad()
         if run.device.type == "cuda":
             torch.cuda.synchronize()
-    left = (run.config.max_iters - run.step) * run.config.gradient_accumulation_steps
+    left = (run.config.max_iters - run.step) * run.config.gradient_accumulation_steps // world()
     minutes = left * (time.perf_counter() - start) * size / rows / 60
     took = f"{minutes:.1f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
     return f"about {took} on this machine, evaluations not counted"
@@ -720,10 +752,12 @@ def print_sample(run: Run) -> None:
 
 def main(argv: list[str]) -> None:
     with bad_input_exits():
-        config, checkpoint = read_config(argv)
-        config, dataset = open_dataset(config, checkpoint)
+        with distributed.first_before_others():
+            config, checkpoint = read_config(argv)
+            check_processes(config)
+            config, dataset = open_dataset(config, checkpoint)
         run = set_up(config, dataset, checkpoint)
-        log = prepare_out_dir(config)
+        log = nullcontext() if rank() else prepare_out_dir(config)
         del checkpoint  # the run has its own copy, and these may be many gigabytes
     with log:
         run_to_the_end(run)
@@ -737,8 +771,9 @@ def run_to_the_end(run: Run) -> None:
         if run.step < config.max_iters:
             print(f"time      {estimate(run)}")
         finished = train(run)
-        if finished and config.sample_tokens:
-            print_sample(run)
+        if finished and config.sample_tokens and rank() == 0:
+            if run.forward is not run.model or world() == 1:  # no process alone has the weights of a shard
+                print_sample(run)
             print(f"--- more: {command('sample.py', config, '--show_experts')}")
     except torch.OutOfMemoryError:
         remedy = f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps as much"
@@ -762,4 +797,5 @@ def run_to_the_end(run: Run) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes
-    main(sys.argv[1:])
+    with distributed.joined():
+        main(sys.argv[1:])

@@ -16,6 +16,16 @@
 #   in all, at most                 62 GB        19 GB
 # With weights in float32 the first three lines would be 110.7 GB. last.pt and best.pt take 41.5 GB of disk
 # each. To resume, the machine itself needs 70 GB of memory.
+#
+# Several GPUs share float32 states, each with the micro-batches above (worked out as well):
+#   torchrun --nproc_per_node=4 train.py config/finetune_olmoe_gsm8k.py --shard=true --weights_dtype=float32
+#                                    1 GPU      2 GPUs     4 GPUs     8 GPUs, --batch_size=4
+#   weights, gradients, moments    110.7 GB    55.4 GB    27.7 GB    13.8 GB  --gradient_accumulation_steps=8
+#   blocks in whole, gradients          -      11 GB      11 GB      11 GB    1.7 GB each: 3 and 3 at most
+#   embedding and head in whole         -       2 GB       2 GB       2 GB    with their gradients
+#   inputs, one block, logits          6 GB     6 GB       6 GB       3 GB    one block also in bfloat16: 1 GB
+#   in all, at most                  118 GB    75 GB      48 GB      31 GB
+# While it starts, each process has all weights in the machine's memory: 27.7 GB. last.pt takes 83 GB.
 init_from = "allenai/OLMoE-1B-7B-0924"
 dataset = "gsm8k"
 router = "seqtopk"

@@ -24,6 +24,7 @@ import torch
 from config import parse, require
 from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
 from config.files import whole
+from distributed import own_device
 
 HOME = Path(__file__).parents[1]
 RESULTS = HOME / "experiments" / "results"
@@ -71,8 +72,7 @@ class Machine:
     def of(cls, config: Options) -> Self:
         """Raises ValueError for a device that is not there."""
         device, _ = pick_device(config.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)  # events and memory counters are the current device's
+        device = own_device(device)  # the current one: whose events and memory counters are read
         return cls(config, device, pick_dtype(config.dtype, device)[0])
 
     @property

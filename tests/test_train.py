@@ -910,7 +910,8 @@ def test_what_no_number_may_be():
         ("--train_only=experts", "train_only is experts, but must be all or router"),
         ("--train_only=router --n_expert=1 --k=1", "train_only is router, but must be all in a dense model"),
         ("--weights_dtype=float16", "weights_dtype is float16, but must be float32 or bfloat16"),
-        ("--weights_dtype=bfloat16 --dtype=float32", "dtype is float32, but must be auto, bfloat16"),
+        ("--weights_dtype=bfloat16 --dtype=float16", "dtype is float16, but must be auto or bfloat16"),
+        ("--weights_dtype=bfloat16 --shard", "weights_dtype is bfloat16, but must be float32 for shard"),
     ],
 )
 def test_bad_settings(fails, topk_run, dataset, tmp_path, argv, words):
