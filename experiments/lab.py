@@ -274,11 +274,9 @@ def rows_of(lab: Lab, found: dict[str, Compared]) -> list[dict]:
     for name, (base, runs) in found.items():
         against = found[base].runs if base in found and base != name else {}
         rows.append(mean_row(name, runs, against))
-        by_seed: dict[int, list[float]] = {}
-        for start, difference in differences(runs, against, "nats").items():
-            by_seed.setdefault(start.seed, []).append(difference)
-        if by_seed:
-            lab.by_trunk[name] = {seed: mean(values) for seed, values in by_seed.items()}
+        if paired := differences(runs, against, "nats"):
+            seeds = {start.seed: [d for s, d in paired.items() if s.seed == start.seed] for start in paired}
+            lab.by_trunk[name] = {seed: mean(values) for seed, values in seeds.items()}
     return rows
 
 
@@ -370,7 +368,8 @@ def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wai
         lab.missing.append(name)
         return []
     folder, config = run_folder(lab.config, arm, start), lab.config
-    code = [results.HOME / name for name in CODE] + [Path(inspect.getfile(judge))]
+    own = (Path(inspect.getfile(function)) for function in (judge, arm.rewire) if function)
+    code = [*(results.HOME / name for name in CODE), *own]
     sha = hashlib.sha256(b"".join(path.read_bytes() for path in code))
     depends = [arm.name, arm.base, sorted(arm.settings.items()), arm.tuned, start, lab.branches, opening]
     sha.update(repr([*depends, config.quick, config.seed, str(lab.device), lab.dtype]).encode())
@@ -422,7 +421,6 @@ def train_here(arm: Arm, settings: dict[str, object], folder: Path) -> str | Non
     resume = {"init_from": "resume"} if (folder / "last.pt").is_file() else {}
     settings = settings | {"out_dir": folder} | resume
     texts = {key: str(v).lower() if isinstance(v, bool | None) else v for key, v in settings.items()}
-    torch.compiler.reset()  # or the models compiled before would count against this one
     try:
         config, checkpoint = train.read_config([f"--{key}={text}" for key, text in texts.items()])
         config, dataset = train.open_dataset(config, checkpoint)
@@ -433,6 +431,8 @@ def train_here(arm: Arm, settings: dict[str, object], folder: Path) -> str | Non
             raise KeyboardInterrupt
     except (ValueError, OSError, train.Diverged, torch.OutOfMemoryError) as error:
         return str(error)
+    if run.forward is not run.model:
+        torch.compiler.reset()  # or what was compiled would count against the next model
     run.optimizers = []  # half of the file, and no run goes on with them
     return None if run.save("last.pt") else "its end could not be saved"
 
@@ -587,13 +587,15 @@ def open_run(lab: Lab, arm: Arm, start: Start, tokens: int | None = None, **chan
     windows = max(1, tokens // settings["block_size"])
     batches = dataset.val_batches(settings["block_size"], settings["batch_size"], windows)
     part = slice(None) if arm.tuned else slice(start.branch - 1, None, lab.branches)
+    fewer = f"at most {len(batches)}, for each to be judged by a batch of its own"
+    require(lab.branches <= len(batches), "branches", lab.branches, fewer)
     return OpenRun(model, dataset, batches[part], part)
 
 
 def all_figures(arm: Arm, run: OpenRun) -> Iterator[Judged]:
-    """OpenRun.figures and, if the data are arithmetic, the share of test problems that are solved."""
+    """OpenRun.figures; and the share of problems solved if the data are arithmetic and nothing is rewired."""
     figures, folder = run.figures(), run.dataset.folder
-    if folder.name == "arithmetic" and (folder / "test.jsonl").is_file():
+    if not arm.rewire and folder.name == "arithmetic" and (folder / "test.jsonl").is_file():
         problems = solve.test_problems(folder, PROBLEMS)[run.part]
         solved = solve.solve(run.model, run.dataset.tokenizer, problems)
         figures["exact match"] = mean(right for right, _ in solved)

@@ -7,13 +7,12 @@ does. Both see tokens that come later. Rows are compared to TopK, without tuning
 """
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from experiments.lab import Lab, judged, router_arms, run_question, untuned
-from experiments.oracle import judge, read_twice
+from experiments.lab import Lab, compare, router_arms, run_question, untuned
+from experiments.oracle import read_twice
 
 from model import Stats
 from router import seqtopk
@@ -21,24 +20,18 @@ from router import seqtopk
 
 def answer(lab: Lab) -> list[dict]:
     k = lab.config.k
-    topk, one_reading, twice = router_arms(lab, ["topk", "seqtopk", "allotted"], k)
-    each, shared = (
-        replace(twice, name=f"{name}, k={k}", rewire=partial(read_twice, partial(allot, k)))
-        for name, allot in (("a budget for each layer", each_layer), ("one for all layers", all_layers))
-    )
-    arms = [topk, one_reading, each, shared]
-    return judged(lab, untuned(arms) + arms, judge)
 
+    def each_layer(x: Tensor, targets: Tensor, logits: Tensor, stats: Stats) -> list[Tensor]:
+        return [seqtopk(routing.scores, k).sum(-1) for routing in stats.routing]
 
-def each_layer(k: int, x: Tensor, targets: Tensor, logits: Tensor, stats: Stats) -> list[Tensor]:
-    """An Allot of oracle.py: what SeqTopK gives."""
-    return [seqtopk(routing.scores, k).sum(-1) for routing in stats.routing]
+    def all_layers(x: Tensor, targets: Tensor, logits: Tensor, stats: Stats) -> list[Tensor]:
+        scores = torch.cat([routing.scores for routing in stats.routing], dim=1)  # (B, L*T, E)
+        return list(seqtopk(scores, k).sum(-1).split(x.shape[1], dim=1))
 
-
-def all_layers(k: int, x: Tensor, targets: Tensor, logits: Tensor, stats: Stats) -> list[Tensor]:
-    """An Allot of oracle.py: what SeqTopK gives if layers are further tokens of the sequence."""
-    scores = torch.cat([routing.scores for routing in stats.routing], dim=1)  # (B, L*T, E)
-    return list(seqtopk(scores, k).sum(-1).split(x.shape[1], dim=1))
+    *arms, twice = router_arms(lab, ["topk", "seqtopk", "allotted"], k)
+    for name, allot in (("a budget for each layer", each_layer), ("one for all layers", all_layers)):
+        arms.append(replace(twice, name=f"{name}, k={k}", rewire=read_twice(allot)))
+    return compare(lab, untuned(arms) + arms)
 
 
 if __name__ == "__main__":

@@ -7,30 +7,19 @@ compared to TopK, which gives K to all, without tuning and tuned. The "nats" of 
 no likelihood of the text.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from experiments.lab import (
-    Arm,
-    Judged,
-    Lab,
-    OpenRun,
-    judged,
-    loss_and_entropy,
-    router_arms,
-    run_question,
-    untuned,
-)
+from experiments.lab import Lab, compare, loss_and_entropy, router_arms, run_question, untuned
 
 from config import require
 from model import MoEGPT, Stats
 from router import ROUTERS, Router, State, rank_experts, take_best
 
-# (inputs, targets, logits and statistics under TopK) -> experts of each token in each layer, (B, T) each
+# (tokens, targets, logits and statistics under TopK) -> experts of each token in each layer, (B, T) each
 Allot = Callable[[Tensor, Tensor, Tensor, Stats], list[Tensor]]
 
 
@@ -49,47 +38,45 @@ ORDERS = {  # tokens, loss and entropy (B, T) -> (B, T), higher for who gets mor
 
 
 def answer(lab: Lab) -> list[dict]:
-    require(lab.config.k > 1, "k", lab.config.k, "at least 2, for a third of the tokens to get one less")
-    routers = ["topk", "seqtopk", "online_seqtopk", "allotted"]
-    *others, oracle = router_arms(lab, routers, lab.config.k)
-    oracles = [
-        replace(
-            oracle, name=f"{name}, k={lab.config.k}", rewire=partial(read_twice, partial(by_thirds, order))
-        )
-        for name, order in ORDERS.items()
-    ]
-    arms = [*others, *oracles]
-    return judged(lab, untuned(arms) + arms, judge)
+    k = lab.config.k
+    require(k > 1, "k", k, "at least 2, for a third of the tokens to get one less")
+    *arms, oracle = router_arms(lab, ["topk", "seqtopk", "online_seqtopk", "allotted"], k)
+    for name, order in ORDERS.items():
+        arms.append(replace(oracle, name=f"{name}, k={k}", rewire=read_twice(by_thirds(order))))
+    return compare(lab, untuned(arms) + arms)
 
 
-def judge(arm: Arm, run: OpenRun) -> Iterator[Judged]:
-    yield arm.name, arm.base, run.figures()
+def by_thirds(order: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Allot:
+    """One less than under TopK, as many, or one more."""
+
+    def allot(x: Tensor, targets: Tensor, logits: Tensor, stats: Stats) -> list[Tensor]:
+        place = order(x, *loss_and_entropy(logits, targets)).argsort(-1).argsort(-1)  # (B, T)
+        return [n_taken - 1 + place * 3 // x.shape[1] for n_taken in stats.n_taken]
+
+    return allot
 
 
-def by_thirds(order: Callable, x: Tensor, targets: Tensor, logits: Tensor, stats: Stats) -> list[Tensor]:
-    """An Allot: k - 1, k and k + 1 experts, k being what TopK gave."""
-    place = order(x, *loss_and_entropy(logits, targets)).argsort(-1).argsort(-1)  # (B, T)
-    return [n_taken - 1 + place * 3 // x.shape[1] for n_taken in stats.n_taken]
+def read_twice(allot: Allot) -> Callable[[MoEGPT], None]:
+    """An Arm's rewire: where `allotted` routes, the model reads first under TopK, and then as allot says."""
 
+    def rewire(model: MoEGPT) -> None:
+        read, layers = model.forward, model.expert_layers()
 
-def read_twice(allot: Allot, model: MoEGPT) -> None:
-    """From now on, where `allotted` routes, the model reads first under TopK, and then as allot says."""
-    read = model.forward
+        def forward(idx: Tensor, targets: Tensor, router: str | None = None) -> tuple:
+            if (router or model.config.router) != "allotted":
+                return read(idx, targets, router=router)
+            with torch.no_grad():
+                logits, _, stats = read(idx, router="topk")
+                for layer, n_taken in zip(layers, allot(idx, targets, logits, stats), strict=True):
+                    layer.state.n_taken = n_taken
+            result = read(idx, targets, router=router)
+            for layer in layers:
+                layer.state.n_taken = n_taken[:0, :0]  # as in the checkpoint of any other model
+            return result
 
-    def forward(idx: Tensor, targets: Tensor, router: str | None = None) -> tuple:
-        if (router or model.config.router) != "allotted":
-            return read(idx, targets, router=router)
-        with torch.no_grad():
-            logits, _, stats = read(idx, router="topk")
-            n_taken = allot(idx, targets, logits, stats)
-        for layer, n in zip(model.expert_layers(), n_taken, strict=True):
-            layer.state.n_taken = n
-        result = read(idx, targets, router=router)
-        for layer in model.expert_layers():
-            layer.state.n_taken = n_taken[0][:0, :0]  # checkpoints hold none
-        return result
+        model.forward = forward
 
-    model.forward = forward
+    return rewire
 
 
 def allotted(scores: Tensor, k: int, state: State) -> Tensor:

@@ -6,14 +6,14 @@ times the entropy of the token's probabilities or times the norm of what its exp
 logits do, because only their order counts.) Rows are compared to TopK, without tuning and tuned.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from experiments.lab import Arm, Judged, Lab, OpenRun, judged, router_arms, run_question, untuned
+from experiments.lab import Lab, compare, router_arms, run_question, untuned
 
 from model import Context, MoE, MoEGPT
 from router import ExpertCache, Routing
@@ -35,23 +35,20 @@ RANKINGS: dict[str, Ranking] = {
 
 
 def answer(lab: Lab) -> list[dict]:
-    topk, seqtopk = router_arms(lab, ["topk", "seqtopk"], lab.config.k)
-    others = [
-        replace(seqtopk, name=f"{seqtopk.name}, by {name}", rewire=partial(select_by, ranking))
-        for name, ranking in RANKINGS.items()
-    ]
-    arms = [topk, seqtopk, *others]
-    return judged(lab, untuned(arms) + arms, judge)
+    _, seqtopk = arms = router_arms(lab, ["topk", "seqtopk"], lab.config.k)
+    for name, ranking in RANKINGS.items():
+        arms.append(replace(seqtopk, name=f"{seqtopk.name}, by {name}", rewire=select_by(ranking)))
+    return compare(lab, untuned(arms) + arms)
 
 
-def judge(arm: Arm, run: OpenRun) -> Iterator[Judged]:
-    yield arm.name, arm.base, run.figures()
+def select_by(ranking: Ranking) -> Callable[[MoEGPT], None]:
+    """An Arm's rewire: all layers select by the ranking, and weigh by their scores as before."""
 
+    def rewire(model: MoEGPT) -> None:
+        for layer in model.expert_layers():
+            layer.forward = partial(forward, layer, ranking)
 
-def select_by(ranking: Ranking, model: MoEGPT) -> None:
-    """From now on all layers of the model select by the ranking, and weigh by their scores as before."""
-    for layer in model.expert_layers():
-        layer.forward = partial(forward, layer, ranking)
+    return rewire
 
 
 def forward(
