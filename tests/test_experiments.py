@@ -484,6 +484,98 @@ def test_more_experts_per_token_than_are_kept_is_one_line(ask):
         prune.without_least_used(opened(ask, "topk", k=10), ask.lab.config.seed)
 
 
+# -------- sparsity, scores, oracle and layers
+
+
+def test_interpolated_by_hand(sparsity):
+    """Linear in log K between its neighbours, and on beyond the ends."""
+    losses = {1: 5.0, 2: 4.0, 4: 3.5, 8: 3.0}
+    for k, want in ((1, 5), (2, 4), (2**1.5, 3.75), (4, 3.5), (8, 3), (16, 2.5), (0.5, 6)):
+        assert sparsity.interpolated(losses, k) == pytest.approx(want)
+
+
+def test_equal_spending_is_the_difference_to_topk_of_as_many_experts(ask, sparsity):
+    """Of the start's own curve; TopK has none."""
+    one = Start(1, 1)
+    found = {
+        f"{router}, k={k}{how}": lab.Compared("", {one: {"nats": nats + len(how), "experts per token": k}})
+        for router, k, nats in (("topk", 2, 4.0), ("topk", 8, 3.0), ("other", 4, 3.4))
+        for how in ("", lab.UNTUNED)
+    }
+    sparsity.add_equal_spending(found)
+    for how in ("", lab.UNTUNED):
+        assert found[f"other, k=4{how}"].runs[one][lab.EQUAL] == pytest.approx(-0.1)
+    assert lab.EQUAL not in found["topk, k=2"].runs[one]
+    row = ask("sparsity")["seqtopk, k=2"]
+    assert row["experts per token"][0] < 2 and row[lab.EQUAL][0] != row["nats, to base"][0]
+    assert lab.EQUAL not in ask("sparsity")["topk, k=2"]
+
+
+def test_cutoffs_that_are_set_give_usual_text_k_experts(ask, sparsity):
+    run = opened(ask, "topk", router=sparsity.THRESHOLD)
+    assert run.losses()["experts per token"] == 0  # before
+    sparsity.set_cutoffs(run, 0)
+    (usual, _) = run.usual_routing("topk", 0)
+    layer = run.model.expert_layers()[0]
+    taken = ROUTERS[sparsity.THRESHOLD].select(usual.scores, 2, state=layer.router_state())
+    assert taken.sum((0, 1)).tolist() == [256 * 2 // 12 - 1] * 12  # of an expert all above its 42nd
+
+
+def test_selecting_by_probabilities_changes_nothing_and_by_others_no_weight(ask, scores):
+    """A rewired layer selects by its ranking alone, also from a cache; logits are the order of sigmoids."""
+    run, x = opened(ask, "seqtopk"), opened(ask, "seqtopk").batches[0][0]
+    plain = run.model(x)
+
+    def rewired(ranking):
+        model = opened(ask, "seqtopk").model
+        scores.select_by(ranking)(model)
+        cache = model.new_cache(len(x), 32)
+        parts = torch.cat([model(part, cache=cache)[0] for part in x.split([7, 1, 24], 1)], 1)
+        torch.testing.assert_close(parts, model(x, router="online_seqtopk")[0])
+        return model(x)
+
+    assert torch.equal(rewired(lambda logits, x: logits.softmax(-1))[0], plain[0])
+    by_logits = rewired(scores.RANKINGS["logits"])
+    assert torch.equal(by_logits[0], rewired(lambda logits, x: logits.sigmoid())[0])
+    assert not torch.equal(by_logits[0], plain[0])
+    assert torch.equal(by_logits[2].routing[0].scores, plain[2].routing[0].scores)  # of the first layer
+
+
+@pytest.mark.parametrize("order", ["high loss", "low loss", "high entropy", "random"])
+def test_an_oracle_gives_thirds_of_a_sequence_one_two_and_three_experts(ask, oracle, order):
+    """By the losses under TopK; a second reading follows it, and leaves nothing behind."""
+    run = opened(ask, "topk", router="allotted")
+    x, y = run.batches[0]
+    logits, _, _ = run.model(x)
+    loss, entropy = lab.loss_and_entropy(logits, y)
+    oracle.read_twice(oracle.by_thirds(oracle.ORDERS[order]))(run.model)
+    _, found, stats = run.model(x, y)
+    n_taken = stats.n_taken[0]
+    assert torch.equal(n_taken, stats.n_taken[1])
+    assert [(n_taken == n).sum(1).tolist() for n in (1, 2, 3)] == [[11] * 4, [11] * 4, [10] * 4]
+    if order != "random":
+        by = {"high loss": loss, "low loss": -loss, "high entropy": entropy}[order]
+        assert by[n_taken == 1].sum() < by[n_taken == 2].sum() < by[n_taken == 3].sum()
+        assert by[0][n_taken[0] == 1].max() <= by[0][n_taken[0] == 3].min()
+    assert torch.equal(found, run.model(x, y)[1])  # also the random one: a function of the text
+    assert all(layer.state.n_taken.numel() == 0 for layer in run.model.expert_layers())
+
+
+def test_layers_share_what_their_sequence_has(ask, layers, monkeypatch):
+    """With a budget for each layer all spend T*K; with one for all only the sum is that of all layers."""
+    allots = {}
+    monkeypatch.setattr(layers, "read_twice", lambda allot: allots.setdefault(allot.__name__, allot))
+    monkeypatch.setattr(layers, "compare", lambda lab, arms: [])
+    layers.answer(ask.lab)
+    run = opened(ask, "topk")
+    x, y = run.batches[0]
+    logits, _, stats = run.model(x)
+    each, shared = (torch.stack(allots[name](x, y, logits, stats)) for name in ("each_layer", "all_layers"))
+    assert each.shape == shared.shape == (2, 4, 32) and (each.sum(2) == 64).all()
+    assert (shared.sum((0, 2)) == 128).all() and not (shared.sum(2) == 64).all()
+    assert torch.equal(each[1], ROUTERS["seqtopk"].select(stats.routing[1].scores, 2).sum(-1))
+
+
 # -------- judging
 
 
