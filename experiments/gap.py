@@ -28,13 +28,12 @@ PRIORS = (0, 1, 4, 16, 64, 256, 4096)  # tokens
 def answer(lab: Lab) -> list[dict]:
     def judge(arm: Arm, run: OpenRun) -> Iterator[Judged]:
         globally = run.losses("seqtopk")["nats"]
-        usual = run.usual_routing("seqtopk", lab.config.seed)
+        layers, usual = run.model.expert_layers(), run.usual_routing("seqtopk", lab.config.seed)
+        scores = [routing.scores + layer.bias for routing, layer in zip(usual, layers, strict=True)]
+        k, *bounds = (getattr(run.model.config, name) for name in ("k", "min_experts", "max_experts"))
         for n in PRIORS:
-            for layer, found in zip(run.model.expert_layers(), usual, strict=True):
-                config = layer.config
-                layer.state.prior = prior(
-                    found.scores + layer.bias, config.k, n, config.min_experts, config.max_experts
-                )
+            for layer, found in zip(layers, scores, strict=True):
+                layer.state.prior = prior(found, k, n, *bounds)
             figures = run.losses()
             yield f"{arm.name}, n0={n}", f"{arm.name}, n0=0", figures | {"gap": figures["nats"] - globally}
 

@@ -371,7 +371,8 @@ def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wai
     own = (Path(inspect.getfile(function)) for function in (judge, arm.rewire) if function)
     code = [*(results.HOME / name for name in CODE), *own]
     sha = hashlib.sha256(b"".join(path.read_bytes() for path in code))
-    depends = [arm.name, arm.base, sorted(arm.settings.items()), arm.tuned, start, lab.branches, opening]
+    part = arm.tuned or lab.branches
+    depends = [arm.name, arm.base, sorted(arm.settings.items()), part, start, opening]
     sha.update(repr([*depends, config.quick, config.seed, str(lab.device), lab.dtype]).encode())
     kept = folder / f"judged-{sha.hexdigest()[:12]}.json"
     if not kept.is_file():

@@ -14,8 +14,9 @@ from experiments.lab import Lab, compare, router_arms, run_question
 def answer(lab: Lab) -> list[dict]:
     arms = router_arms(lab, ["topk", "seqtopk", "online_seqtopk"], lab.config.k)
     start = {"first_router": "seqtopk", "first_iters": lab.shared["max_iters"] * 9 // 10}
-    switched = replace(arms[2].vary(**start), name=f"seqtopk, the last tenth online, k={lab.config.k}")
-    return compare(lab, [*arms, replace(switched, base=arms[1].name)])
+    name = f"seqtopk, the last tenth online, k={lab.config.k}"
+    switched = replace(arms[2], name=name, settings=arms[2].settings | start, base=arms[1].name)
+    return compare(lab, [*arms, switched])
 
 
 if __name__ == "__main__":

@@ -518,7 +518,7 @@ def test_cutoffs_that_are_set_give_usual_text_k_experts(ask, sparsity):
     (usual, _) = run.usual_routing("topk", 0)
     layer = run.model.expert_layers()[0]
     taken = ROUTERS[sparsity.THRESHOLD].select(usual.scores, 2, state=layer.router_state())
-    assert taken.sum((0, 1)).tolist() == [256 * 2 // 12 - 1] * 12  # of an expert all above its 42nd
+    assert all(40 <= pairs <= 42 for pairs in taken.sum((0, 1)).tolist())  # 256 * 2 / 12, less ties
 
 
 def test_selecting_by_probabilities_changes_nothing_and_by_others_no_weight(ask, scores):
