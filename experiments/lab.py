@@ -365,7 +365,7 @@ def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wai
     if not train_run(lab, arm, start, wait):
         name = f"{arm.name}, {named(start)}"
         tqdm.write(f"missing: {name}")
-        lab.missing.append(name)
+        lab.missing.extend({name}.difference(lab.missing))
         return []
     folder, config = run_folder(lab.config, arm, start), lab.config
     own = (Path(inspect.getfile(function)) for function in (judge, arm.rewire) if function)
@@ -375,8 +375,8 @@ def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wai
     depends = [arm.name, arm.base, sorted(arm.settings.items()), part, start, opening]
     sha.update(repr([*depends, config.quick, config.seed, str(lab.device), lab.dtype]).encode())
     kept = folder / f"judged-{sha.hexdigest()[:12]}.json"
-    if not kept.is_file():
-        with locked(folder, wait):
+    with nullcontext() if kept.is_file() else locked(folder, wait):
+        if not kept.is_file():  # nor meanwhile
             with lab.autocast():
                 found = list(judge(arm, open_run(lab, arm, start, **opening)))
             whole = kept.with_suffix(".tmp")
