@@ -13,7 +13,6 @@ a known budget no shape depends on the data, so the host never waits for the dev
 once a layer, to count the pairs.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import require
+from config.files import whole
 from data import hugging_face
 from router import (
     ROUTERS,
@@ -576,6 +576,37 @@ class Chunk(NamedTuple):
         return self.mask.sum(-1)
 
 
+class CrossEntropy(torch.autograd.Function):
+    """The head and the sum of cross-entropies in nats. Gradients are made on the way forward, so that the
+    logits of a few tokens at a time are made, used and dropped while they lie in the cache.
+
+    Measured on one core, 2,048 tokens, C=128, V=4096: 66 ms instead of 85, a tenth of a step of two layers.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> Tensor:
+        """x (S, C), weight (V, C), targets (S,), of which -1 does not count -> scalar float32."""
+        rows = 128 if x.is_cpu else len(x)
+        total = torch.zeros((), device=x.device)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        for piece, target, dpiece in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
+            counts, target = target.unsqueeze(1) >= 0, target.unsqueeze(1).clamp(min=0)  # (rows, 1)
+            log_share = F.linear(piece, weight).float().log_softmax(-1)  # (rows, V)
+            total -= log_share.gather(1, target).where(counts, 0).sum()
+            if learns:
+                share = log_share.exp_().scatter_add_(1, target, -counts.float())
+                dlogits = share.mul_(counts).to(x.dtype)  # (rows, V)
+                dpiece.copy_(dlogits @ weight)
+                dweight += dlogits.T @ piece
+        ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
+
+
 class MoEGPT(nn.Module):
     def __init__(self, config: MoEConfig):
         """Random weights: normal, deviation 0.02, less where a matrix adds to the residual stream (GPT-2)."""
@@ -625,12 +656,8 @@ class MoEGPT(nn.Module):
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         """x (S, C), targets (S,) -> mean in nats over the targets that count."""
-        rows = 256 if x.is_cpu else len(x)  # the logits of so many tokens fit into a CPU's cache
-        total = sum(
-            F.cross_entropy(self.head(piece).float(), target, ignore_index=-1, reduction="sum")
-            for piece, target in zip(x.split(rows), targets.split(rows), strict=True)
-        )
-        return total / (targets >= 0).sum()
+        learns = torch.is_grad_enabled()
+        return CrossEntropy.apply(x, self.head.weight, targets, learns) / (targets >= 0).sum()
 
     def _trunk(
         self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None
@@ -927,18 +954,18 @@ FORMAT = "seqtopk checkpoint 1"
 
 
 def save_checkpoint(path: str | Path, model: MoEGPT, **extra) -> None:
-    """Write the config and weights of the uncompiled model, and `extra`, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    """Write the config and weights of the uncompiled model, and `extra`, whole or not at all.
+
+    Raises OSError, on a full disk for instance.
+    """
     checkpoint = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **extra}
-    try:
-        with open(temporary, "wb") as file:
+    with whole(Path(path)) as new, open(new, "wb") as file:
+        try:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        except RuntimeError as error:  # torch says at which position a write failed, its context why
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:

@@ -13,7 +13,6 @@ half of block_size.
 import codecs
 import contextlib
 import json
-import os
 import re
 import sys
 import time
@@ -32,6 +31,7 @@ from torch.distributions import Categorical
 
 from config import bad_input_exits, parse, require
 from config.device import pick_device, pick_dtype
+from config.files import whole
 from data import AnyTokenizer, hf_tokenizer, make_tokenizer
 from model import TEMPERATURE, TOP_P, Cache, Chunk, MoEConfig, MoEGPT, load_checkpoint, sample_token
 
@@ -279,13 +279,8 @@ def new_file(setting: str, name: str | None) -> Iterator[TextIO | None]:
     path = Path(name)
     free = path.parent.is_dir() and (path.is_file() or not path.exists())
     require(free, setting, name or "empty", "the name of a file in a folder that exists")
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as new, open(new, "w", encoding="utf-8") as file:
+        yield file
 
 
 def page(texts: list[list[dict]], config: MoEConfig, about: list[str]) -> str:

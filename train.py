@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ from tqdm import tqdm
 import data
 from config import bad_input_exits, parse, require
 from config.device import DTYPES, keep_freed_memory, pick_compile, pick_device, pick_dtype
+from config.files import lock, remove_leftovers
 from model import (
     MoEConfig,
     MoEGPT,
@@ -226,12 +229,13 @@ class Run:
     step: int = 0  # iterations done
     evaluated: int = -1  # the step of the last evaluation
     best: float = math.inf  # lowest causal validation loss so far
+    saved: int = -1  # the step of last.pt
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
 
-    def save(self, *names: str) -> bool:
-        """Write the run to files of these names in out_dir. False if one cannot be written, which is said."""
+    def save(self, name: str) -> bool:
+        """Write the run to a file of this name in out_dir. False if it cannot be written, which is said."""
         state = {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
@@ -244,11 +248,12 @@ class Run:
             "tokenizer": self.dataset.tokenizer.meta,
         }
         try:
-            for name in names:
-                save_checkpoint(Path(self.config.out_dir) / name, self.model, **state)
-        except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-            tqdm.write(f"warning: {name} could not be saved ({error})")
+            save_checkpoint(Path(self.config.out_dir) / name, self.model, **state)
+        except OSError as error:
+            tqdm.write(f"warning: {name} could not be saved ({error.strerror or error})")
             return False
+        if name == "last.pt":
+            self.saved = self.step
         return True
 
     def restore(self, checkpoint: dict) -> None:
@@ -263,6 +268,7 @@ class Run:
         torch.set_rng_state(checkpoint["rng"].cpu())
         for name in ("step", "evaluated", "best"):
             setattr(self, name, checkpoint[name])
+        self.saved = self.step
 
 
 def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) -> Run:
@@ -481,25 +487,32 @@ def table_line(step: int, train_loss: float, causal: dict, as_trained: dict, rat
 
 class Log:
     """log.jsonl: one JSON object a line, "kind" train or eval. Lines of later steps than `step`, at which the
-    run goes on, are dropped."""
+    run goes on, are dropped, in the file itself: prepare_out_dir has locked it."""
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines() if path.exists() else []
-        new = path.with_name(path.name + ".tmp")
-        new.write_text("".join(line + "\n" for line in lines if self._step(line) <= step))
-        self.path = new.replace(path)
+        self.path = path
+        path.touch()
+        lines = path.read_bytes().splitlines()
+        with open(path, "r+b") as file:
+            file.write(b"".join(line + b"\n" for line in lines if self._step(line) <= step))
+            file.truncate()
 
     @staticmethod
-    def _step(line: str) -> float:
+    def _step(line: bytes) -> float:
         try:
             return json.loads(line)["step"]
-        except ValueError:  # a crash cut the line short
+        except (ValueError, TypeError, KeyError):  # a crash cut the line short
             return math.inf
 
     def write(self, **entry) -> None:
         try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            end = self.path.stat().st_size
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError:
+                os.truncate(self.path, end)  # half a line would swallow the next one
+                raise
         except OSError as error:
             tqdm.write(f"warning: {self.path} cannot be written ({error.strerror})")
 
@@ -571,9 +584,9 @@ def evaluate_and_save(run: Run, meter: Meter) -> None:
     meter.log.write(kind="eval", step=run.step, causal=causal, as_trained=as_trained)
     before, run.evaluated = run.best, run.step
     run.best = min(before, causal["loss"])
-    names = ["last.pt", "best.pt"] if run.best < before else ["last.pt"]
-    if not run.save(*names):
-        run.best = before  # best.pt may not hold it: the next evaluation tries again
+    if run.best < before and not run.save("best.pt"):  # the first of the two: last.pt knows no better one
+        run.best = before  # the next evaluation tries again
+    run.save("last.pt")
     meter.losses.clear()
     meter.restart()
 
@@ -606,21 +619,50 @@ def train(run: Run) -> bool:
 # -------------------- from the command line to the first iteration, and after the last --------------------
 
 
-def prepare_out_dir(config: TrainConfig) -> None:
-    """Make the run's folder; move aside a run that is in it and not resumed. Raises ValueError."""
+def prepare_out_dir(config: TrainConfig) -> IO:
+    """Make the run's folder; move aside a run that is in it and not resumed. Raises ValueError.
+
+    Returns the log, locked until it is closed or the process ends: so long no other run writes to the folder.
+    """
     folder = Path(config.out_dir)
     try:
-        old = any((folder / name).exists() for name in ("log.jsonl", "last.pt", "best.pt"))
-        if old and config.init_from != "resume":
-            number = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
-            folder.rename(f"{folder}.{number}")
-            print(f"the run that was in {folder} is now in {folder}.{number}")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        log = open(folder / "log.jsonl", "a")  # noqa: SIM115
+        lock_run(folder, log)
+        remove_leftovers(folder)
+        if config.init_from != "resume":
+            move_aside(folder, log)
+        return log
     except OSError as error:
         why = f"cannot be written ({error.strerror})"
         raise ValueError(f"out_dir {folder} {why}: give another --out_dir") from error
+
+
+def lock_run(folder: Path, log: IO) -> None:
+    """Raises ValueError if another process has locked the log of the run in a folder."""
+    try:
+        lock(log)
+    except BlockingIOError:
+        remedy = "wait for it, or give another --out_dir"
+        raise ValueError(f"out_dir {folder} is in use: another process trains there; {remedy}") from None
+    except OSError as error:
+        print(f"note: {folder} cannot be locked ({error.strerror}): start no other run there meanwhile")
+
+
+def move_aside(folder: Path, log: IO) -> None:
+    """Move the files of a run, if there is one, to a new folder beside its own. Its log, which is locked,
+    stays, and becomes empty."""
+    checkpoints = [path for path in (folder / "best.pt", folder / "last.pt") if path.exists()]
+    if not checkpoints and not os.path.getsize(log.name):
+        return
+    aside = next(path for n in itertools.count(1) if not (path := Path(f"{folder}.{n}")).exists())
+    aside.mkdir()
+    if os.path.getsize(log.name):
+        shutil.copy(log.name, aside)
+    for path in checkpoints:
+        path.replace(aside / path.name)
+    log.truncate(0)
+    print(f"the run that was in {folder} is now in {aside}")
 
 
 def command(script: str, config: TrainConfig, option: str) -> str:
@@ -681,8 +723,15 @@ def main(argv: list[str]) -> None:
         config, checkpoint = read_config(argv)
         config, dataset = open_dataset(config, checkpoint)
         run = set_up(config, dataset, checkpoint)
-        prepare_out_dir(config)
+        log = prepare_out_dir(config)
         del checkpoint  # the run has its own copy, and these may be many gigabytes
+    with log:
+        run_to_the_end(run)
+
+
+def run_to_the_end(run: Run) -> None:
+    """Train, print a sample. What a user cannot repair here is one line on stderr and an exit code."""
+    config = run.config
     print(describe(run))
     try:
         if run.step < config.max_iters:
@@ -705,6 +754,10 @@ def main(argv: list[str]) -> None:
         finished = False
     if not finished:
         sys.exit(130)
+    if run.saved != run.step:
+        kept = f"last.pt holds iteration {run.saved}" if run.saved >= 0 else "there is no last.pt"
+        print(f"error: iteration {run.step}, the last one, is not saved ({kept}): make room", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 
 from config import parse, require
 from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
+from config.files import whole
 
 HOME = Path(__file__).parents[1]
 RESULTS = HOME / "experiments" / "results"
@@ -163,7 +164,8 @@ def rounded(value: object) -> object:
 def finish(report: dict, path: str | None) -> None:
     """Keep the report at `path`, if it has any row; print it last; exit, with 1 if it has gaps."""
     if path and any(report["parts"].values()):
-        Path(path).write_text(json.dumps(report, indent=1) + "\n")
+        with whole(Path(path)) as new:
+            new.write_text(json.dumps(report, indent=1) + "\n")
     elif path:
         print(f"{path} is left as it was: there is no row for it")
     print("\n" + json.dumps(report))
@@ -279,4 +281,5 @@ def draw(report: dict, path: str) -> None:
         axes.plot(middle, -height, "o", color="tab:blue", markersize=4)
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_yticks(range(0, -len(ratios), -1), list(ratios), fontsize=7)
-    figure.savefig(path)
+    with whole(Path(path)) as new:
+        figure.savefig(new)

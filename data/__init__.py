@@ -10,7 +10,6 @@ import importlib
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from config.files import put_on_disk, scratch
 from data.answers import Answers, pack, train_windows
 from data.hugging_face import hf_tokenizer, is_hugging_face
 from data.source import pieces
@@ -142,8 +142,7 @@ def write_dataset(
     folder, dtype = Path(folder), "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
     about = {"vocab_size": tokenizer.vocab_size, "source_sha256": source_sha256, **meta, "dtype": dtype}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
-        new = Path(temporary)
+    with scratch(folder) as new:
         for split, docs in zip(SPLITS, (train_docs, val_docs)):
             about[split] = _write_tokens(new / f"{split}.bin", docs, tokenizer, FILE_DTYPES[dtype])
         for name, content in (files or {}).items():
@@ -151,6 +150,7 @@ def write_dataset(
         about["files"] = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
         about["tokenizer"] = tokenizer.meta
         (new / "meta.json").write_text(json.dumps(about), encoding="utf-8")
+        put_on_disk(new)
         _move_in(new, folder, [*about["files"], "meta.json"])
     return about
 

@@ -8,9 +8,7 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import require
+from config.files import whole
 from data.source import pieces
 
 # -------------------- what is on the Hub ------------------------------------------------------------------
@@ -383,17 +382,14 @@ def write_checkpoint(
     settings: of MoEConfig, with a number for each width; tokenizer: its meta, or {}.
     """
     require(not path.exists(), "path", path, "the name of a new folder")
-    dtype, temporary = weights["embedding.weight"].dtype, path.with_name(path.name + ".tmp")
-    temporary.mkdir(parents=True)
-    try:
-        said = config_json(settings, model_type, dtype, tokenizer.get("eot"))
-        (temporary / "config.json").write_text(json.dumps(said, indent=2))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as new:
+        new.mkdir()
+        said = config_json(settings, model_type, weights["embedding.weight"].dtype, tokenizer.get("eot"))
+        (new / "config.json").write_text(json.dumps(said, indent=2))
         if tokenizer.get("kind") == "hf":
-            (temporary / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
-        write_tensors(temporary, file_views(weights, model_type), shard_bytes)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (new / "tokenizer.json").write_text(tokenizer["json"], encoding="utf-8")
+        write_tensors(new, file_views(weights, model_type), shard_bytes)
 
 
 def config_json(settings: dict, model_type: str, dtype: torch.dtype, eot: int | None) -> dict:

@@ -4,12 +4,13 @@ import hashlib
 import http.client
 import os
 import shutil
-import tempfile
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
+
+from config.files import whole
 
 TIMEOUT_S = 30
 PIECE_CHARS = 100_000
@@ -103,15 +104,13 @@ def download(url: str, sha256: str, path: Path) -> Path:
     """Fetch `url` to `path` unless it is there already. ValueError: no network, or another checksum."""
     if path.is_file() and file_sha256(path) == sha256:
         return path
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as temporary:
-        new = Path(temporary) / path.name
+    with whole(path) as new:
         try:
             _fetch(url, new)
         except (OSError, http.client.HTTPException) as err:
             remedy = "get it another way and give --source=PATH"
             raise ValueError(f"could not download {url} ({err}); {remedy}") from err
         check_sha256(new, sha256, f"what {url} sent")
-        os.replace(new, path)
     return path
 
 

@@ -333,7 +333,7 @@ def test_a_full_disk_does_not_end_the_run(start, after, tmp_path, capsys, monkey
         start()
     out = capsys.readouterr().out
     assert [entry["step"] for entry in entries(tmp_path / "run", "eval")] == [0, 5]
-    assert out.count("last.pt could not be saved ([Errno 28] No space left on device)") == 3
+    assert out.count("last.pt could not be saved (No space left on device)") == 3
     assert "saved iteration" not in out
 
 
@@ -775,14 +775,18 @@ def test_whatever_is_not_finite_stops_the_run(start, tmp_path, capsys, monkeypat
 
 
 def test_an_old_run_is_moved_aside(start, tmp_path, capsys):
-    """Starting again in the same folder loses nothing of what was there, be it a checkpoint without its log;
-    resuming moves nothing."""
-    kept = []
+    """Starting again in the same folder loses nothing of what was there, be it a checkpoint without its log,
+    and moves nothing that is not the run's; resuming moves nothing."""
+    kept, others = [], {"other/last.pt": b"another run", "notes": b"mine"}
+    for name, content in others.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(content)
     for n in range(3):
         folder = start(max_iters=n + 1)
         if n == 1:
             (folder / "log.jsonl").unlink()
-        kept.append(contents(folder))
+        kept.append(dict(contents(folder).items() - others.items()))
+        assert len(kept[-1]) == len(contents(folder)) - 2
     assert f"{folder} is now in {folder}.2" in capsys.readouterr().out
     train.main(flags(init_from="resume", out_dir=folder, max_iters=4))
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.1", "run.2"}
@@ -1017,7 +1021,9 @@ def test_help_lists_every_key(capsys):
 
 
 CONFIGS = sorted(
-    path for path in (ROOT / "config").glob("*.py") if path.stem not in ("__init__", "device", "results")
+    path
+    for path in (ROOT / "config").glob("*.py")
+    if path.stem not in ("__init__", "device", "files", "results")
 )
 
 

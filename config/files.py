@@ -1,0 +1,68 @@
+"""What is written is whole or not there, whoever is killed when; and the lock that tells who is alive.
+
+A file or a folder is written in a scratch folder beside its place, and moved there when it is on the disk. A
+lock file beside the scratch folder is locked while its process lives: the next writer removes what is not.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+SCRATCH = ".seqtopk-"  # what the names of scratch folders and of their lock files begin with
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A new name to write a file or a folder to, which is then moved to `path`. Raises OSError.
+
+    Until then `path` is what it was, whatever fails. Several processes may write to one path: the last wins.
+    """
+    with scratch(path.parent) as folder:
+        yield folder / path.name
+        put_on_disk(folder)
+        os.replace(folder / path.name, path)
+
+
+@contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A new empty folder in `parent`, which is removed at the end. Raises OSError."""
+    remove_leftovers(parent)
+    with tempfile.NamedTemporaryFile(dir=parent, prefix=SCRATCH, suffix=LOCK) as file:
+        with contextlib.suppress(OSError):  # nobody removes what cannot be locked
+            lock(file)
+        folder = Path(file.name).with_suffix("")
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the scratch folders in `parent` whose processes were killed."""
+    for path in parent.glob(f"{SCRATCH}*{LOCK}"):
+        with contextlib.suppress(OSError), open(path, "r+") as file:
+            lock(file)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.unlink()
+
+
+def put_on_disk(folder: Path) -> None:
+    """Wait until the files below a folder would survive a power cut. Raises OSError if the disk is full."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with open(path, "r+") as file:
+            os.fsync(file.fileno())
+
+
+def lock(file: IO) -> None:
+    """Lock an open file, as long as it is open and its process lives, against others that do the same.
+
+    Raises BlockingIOError if another has locked it, and OSError where the file system has no locks.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
