@@ -36,6 +36,7 @@ from experiments import solve
 import data
 import train
 from config import PLAIN, bad_input_exits, read_file, require, results
+from config.files import lock, whole
 from model import MoEConfig, MoEGPT, load_checkpoint
 from router import ROUTERS, Routing
 
@@ -379,9 +380,8 @@ def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wai
         if not kept.is_file():  # nor meanwhile
             with lab.autocast():
                 found = list(judge(arm, open_run(lab, arm, start, **opening)))
-            whole = kept.with_suffix(".tmp")
-            whole.write_text(json.dumps(found))
-            whole.replace(kept)
+            with whole(kept) as new:
+                new.write_text(json.dumps(found))
     return json.loads(kept.read_text())
 
 
@@ -447,7 +447,7 @@ def locked(folder: Path, wait: bool) -> Iterator[IO]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "train.txt", "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError:
             if not wait:
                 raise
@@ -538,8 +538,8 @@ class OpenRun(NamedTuple):
 
         Raises ValueError for a dataset of which only answers are learned.
         """
-        whole, device = self.dataset.val_answers is None, self.model.head.weight.device
-        require(whole, "dataset", self.dataset.folder.name, "one of which all tokens are learned")
+        complete, device = self.dataset.val_answers is None, self.model.head.weight.device
+        require(complete, "dataset", self.dataset.folder.name, "one of which all tokens are learned")
         parts = []
         for x, y in self.batches:
             logits, _, stats = self.model(x.to(device), router=router)
