@@ -22,7 +22,7 @@ def answer(lab: Lab) -> list[dict]:
             yield name(size), name(1), resized.losses(arm.settings["router"])
         yield f"{arm.name}, online", name(1), run.losses()
 
-    return judged(lab, router_arms(["seqtopk", "batchtopk"], lab.k), judge)
+    return judged(lab, router_arms(lab, ["seqtopk", "batchtopk"], lab.config.k), judge)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,20 @@ without it.
 
 from collections.abc import Iterator
 
-from experiments.lab import Arm, Judged, Lab, OpenRun, compare, judged, open_run, router_arms, run_question
+from experiments.lab import Arm, Judged, Lab, OpenRun, compare, judged, router_arms, run_question
 
 
 def answer(lab: Lab) -> list[dict]:
-    base, online = router_arms(["seqtopk", "online_seqtopk"], lab.k)
-    bounds = [{"max_experts": lab.k + extra} for extra in (1, 3, 4)]
+    k = lab.config.k
+    base, online = router_arms(lab, ["seqtopk", "online_seqtopk"], k)
+    bounds = [{"max_experts": k + extra} for extra in (1, 3, 4)]
     bounds += [{"max_experts": lab.shared["n_expert"]}, {"min_experts": 0}]
     arms = [base, *(base.vary(**bound) for bound in bounds), online, online.vary(strict=False)]
 
     def decoded_loosely(arm: Arm, run: OpenRun) -> Iterator[Judged]:
         name = f"{arm.name}, decoded with strict={{}}".format
         yield name("true"), name("true"), run.losses()
-        yield name("false"), name("true"), open_run(lab, run.folder, strict=False).losses()
+        yield name("false"), name("true"), run.changed(strict=False).losses()
 
     return compare(lab, arms) + judged(lab, [base], decoded_loosely)
 

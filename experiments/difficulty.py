@@ -24,7 +24,7 @@ KINDS += ("copied numbers", "results", "final result")
 
 
 def answer(lab: Lab) -> list[dict]:
-    arms = router_arms(["seqtopk", "online_seqtopk"], lab.k)
+    arms = router_arms(lab, ["seqtopk", "online_seqtopk"], lab.config.k)
     rows = judged(lab, arms, judge)
     whole = [row for row in rows if "rho loss" in row]
     kinds = [row for row in rows if "rho loss" not in row]

@@ -7,9 +7,6 @@ default of K + 2. To train or sample with it, name this file:
     python train.py config/tiny_topk.py experiments/discount.py --router=seqtopk_discount
 """
 
-from dataclasses import replace
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -19,10 +16,11 @@ from router import ROUTERS, ExpertCache, Router, online_seqtopk, seqtopk
 
 
 def answer(lab: Lab) -> list[dict]:
-    base, discounted = router_arms(["seqtopk", "seqtopk_discount"], lab.k)
-    bounds = [lab.k + 1, lab.k + 3, lab.k + 4, lab.shared["n_expert"]]
+    k = lab.config.k
+    base, discounted = router_arms(lab, ["seqtopk", "seqtopk_discount"], k)
+    bounds = [k + 1, k + 3, k + 4, lab.shared["n_expert"]]
     bounded = [base.vary(max_experts=bound) for bound in bounds]
-    return compare(lab, [base, *bounded, replace(discounted, file=Path(__file__))])
+    return compare(lab, [base, *bounded, discounted])
 
 
 def discount_by_rank(scores: Tensor) -> Tensor:

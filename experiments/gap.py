@@ -3,7 +3,6 @@
 The paper leaves it open. "gap" is the loss less that under SeqTopK of the same weights. With a prior of n0
 tokens a text begins as if after n0 usual ones: quantiles of the scores that the trained model gives to
 training text. Rows are compared to n0=0, which is online SeqTopK; the largest n0 is nearly a fixed threshold.
-In the last two rows the runs go on, under SeqTopK and under online SeqTopK, which is compared to SeqTopK.
 """
 
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from experiments.lab import Arm, Judged, Lab, OpenRun, compare, judged, router_arms, run_question, tuned_arms
+from experiments.lab import Arm, Judged, Lab, OpenRun, judged, router_arms, run_question
 
 from router import (
     ROUTERS,
@@ -29,25 +28,17 @@ PRIORS = (0, 1, 4, 16, 64, 256, 4096)  # tokens
 def answer(lab: Lab) -> list[dict]:
     def judge(arm: Arm, run: OpenRun) -> Iterator[Judged]:
         globally = run.losses("seqtopk")["nats"]
-        scores = usual_scores(run, lab.config.seed)
+        layers, usual = run.model.expert_layers(), run.usual_routing("seqtopk", lab.config.seed)
+        scores = [routing.scores + layer.bias for routing, layer in zip(usual, layers, strict=True)]
+        k, *bounds = (getattr(run.model.config, name) for name in ("k", "min_experts", "max_experts"))
         for n in PRIORS:
-            for layer, found in zip(run.model.expert_layers(), scores, strict=True):
-                config = layer.config
-                layer.state.prior = prior(found, config.k, n, config.min_experts, config.max_experts)
+            for layer, found in zip(layers, scores, strict=True):
+                layer.state.prior = prior(found, k, n, *bounds)
             figures = run.losses()
             yield f"{arm.name}, n0={n}", f"{arm.name}, n0=0", figures | {"gap": figures["nats"] - globally}
 
-    seqtopk = router_arms(["seqtopk"], lab.k)
-    tuned = tuned_arms(lab, seqtopk[0], ["seqtopk", "online_seqtopk"])
-    return judged(lab, seqtopk, judge, router="online_seqtopk_prior") + compare(lab, tuned)
-
-
-@torch.no_grad()
-def usual_scores(run: OpenRun, seed: int) -> list[Tensor]:
-    """Of each layer with experts, the scores that select under SeqTopK, (n, T, E), for run.usual_text."""
-    found = [run.model(x, router="seqtopk")[2].routing for x in run.usual_text(seed)]
-    layers = zip(run.model.expert_layers(), zip(*found), strict=True)
-    return [torch.cat([routing.scores for routing in seen]) + layer.bias for layer, seen in layers]
+    arms = router_arms(lab, ["seqtopk"], lab.config.k)
+    return judged(lab, arms, judge, router="online_seqtopk_prior")
 
 
 def prior(scores: Tensor, k: int, n: int, min_experts: int = 1, max_experts: int | None = None) -> Tensor:

@@ -1,8 +1,11 @@
-"""What the questions of this folder share: train what is compared, judge it, put means over seeds into rows.
+"""What the questions of this folder share: train what is compared, judge it, put means into rows.
 
-A question compares arms: kinds of runs of train.py. Each arm has a run for every seed, and runs of one seed
-are compared to each other. Runs are kept in out/experiments, under a name that says their settings: a
-finished run is not repeated, a stopped one goes on, and questions share their runs.
+A question compares arms: kinds of runs of train.py. From scratch, two seeds of one setting differ by more
+than most arms do. So a model is trained under TopK, one for each seed: a trunk. Each arm has several short
+runs that branch off from it, each with its own order of the data. Runs of one trunk and one order are
+compared to each other. Runs are kept in out/experiments, under a name that says their settings: a finished
+run is not repeated, a stopped one goes on, questions share their runs, and processes that answer the same
+question at the same time share the work.
 """
 
 import fcntl
@@ -10,20 +13,20 @@ import hashlib
 import inspect
 import json
 import math
-import os
-import re
 import signal
-import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import IO, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -31,37 +34,44 @@ from tqdm import tqdm
 from experiments import solve
 
 import data
+import train
 from config import PLAIN, bad_input_exits, read_file, require, results
+from config.files import lock, whole
 from model import MoEConfig, MoEGPT, load_checkpoint
-from router import ROUTERS
-from train import evaluate_text
+from router import ROUTERS, Routing
 
 RUNS = Path("out/experiments")
 CODE = ["experiments/lab.py", "experiments/solve.py", "train.py", "model.py", "router.py"]  # of the figures
-SEEDS, QUICK_SEEDS = 3, 2
-QUICK = 4  # --quick divides by it the judged tokens and these settings
+QUICK = 10  # --quick divides by it the judged tokens and these settings
 QUICKENED = ("max_iters", "warmup_iters", "lr_decay_iters", "first_iters", "eval_interval", "eval_windows")
 JUDGED_TOKENS = 2**17  # of the validation text, by which trained models are compared
 PROBLEMS = 60  # of each level, if the data are arithmetic
 USUAL_TOKENS = 2**14  # of the training text, which tell how a trained model routes
-TUNING = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3}  # of a run after another
-OTHER_BATCHES = 1000  # is added to the seed of a run after another, so that it sees other batches
-SECONDS = "took {} seconds"  # a line of train.txt
+# Of a branch: it begins at the rate at which the trunk's cosine ended.
+TUNING = {"max_iters": 100, "warmup_iters": 10, "eval_interval": 100, "learning_rate": 1e-3}
+OTHER_DATA = 1000  # from the seed of one branch to that of the next, which decides the order of its data
+UNTUNED = ", untuned"  # ends the name of an arm without training
+FEWEST, ERRORS = 5, 3  # a difference is called one from so many runs and beyond so many standard errors
+BETTER = {"nats": -1, "exact match": 1}  # what is compared, and whether less or more of it is better
+EQUAL = "nats, at equal spending, to base"
+VERDICTS = {f"{key}, to base": f"verdict, {key}" for key in BETTER} | {EQUAL: "verdict, equal spending"}
+VERDICTS["nats, to base"] = "verdict"
 COLUMNS = {
-    "runs": "seeds; behind +- is the standard error of the mean over them",
+    "runs": "behind +- is the standard error of the mean over them; of untuned rows, a run is a part of the "
+    "validation text under a trunk",
     "nats": "loss of the validation text under the rule that decodes (unless said), as a user would get it",
     "bits/byte": "the same in bits per byte of the text",
-    "as trained": "the loss under the router that trained, which may see the future",
+    "as trained": "the loss under the arm's own router, which may see the future",
     "leak": "nats less as trained: what seeing the future gains, and spending all of the budget",
     "experts per token": "mean over tokens and layers",
     "load entropy": "of the experts' shares of the pairs (1: uniform)",
     "load variance": "of share * E (0: uniform)",
     "dead": "experts without any token, of all layers",
     "exact match": "share of the test problems that are solved",
-    "steps/s": "the median of the training, without evaluations",
-    "minutes": "all of the training, by the clock",
-    "nats, to base": "the difference to the row that it is compared to, paired by seed",
+    "nats, to base": "the difference to the row that it is compared to, paired by trunk and order of data",
     "exact match, to base": "likewise",
+    EQUAL: "the difference to TopK if it spent as many experts per token: its losses, linear in log K",
+    "verdict": f"better or worse: beyond {ERRORS} standard errors of at least {FEWEST} runs",
 }
 
 
@@ -69,25 +79,41 @@ COLUMNS = {
 class Options(results.Options):
     """What is trained."""
 
-    config: str = "config/compare.py"  # settings of train.py that all runs share
-    seeds: int | None = None  # runs of each kind, from `seed` on (none: 3, quick 2)
-    quick: bool = False  # a quarter of iterations and of judged text, for a look in minutes
+    config: str = "config/trunk.py"  # settings of train.py that all runs share
+    seeds: int | None = None  # trunks, or runs from scratch, from `seed` on (none: 2 and 3, quick 1 and 2)
+    quick: bool = False  # a tenth of iterations and of judged text, for a look in minutes
     budget: float | None = None  # minutes after which no training begins
     compile: str = "auto"  # torch.compile in training: auto, true or false
 
 
 @dataclass(frozen=True)
-class OptionsWithK(Options):
+class BranchOptions(Options):
+    """How it is compared."""
+
+    branches: int | None = None  # runs of each arm after each trunk (none: 3, quick 2)
+    from_scratch: bool = False  # arms are trained from scratch as --config says, without a trunk
+
+
+@dataclass(frozen=True)
+class OptionsWithK(BranchOptions):
     """How many experts."""
 
-    k: int | None = None  # experts per token on average (none: as in --config)
+    k: int = 2  # experts per token on average
+
+
+class Start(NamedTuple):
+    """What runs that are compared to each other have in common."""
+
+    seed: int  # of the trunk, or of all from scratch
+    branch: int  # from 1 after a trunk, and 0 from scratch
 
 
 @dataclass(frozen=True)
 class Lab(results.Machine):
-    """The options, the machine, the deadline, and which trainings failed or did not begin."""
+    """The options, the machine, the deadline, and what is told of the runs beside the rows."""
 
-    missing: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # runs that failed or did not begin
+    by_trunk: dict[str, dict[int, float]] = field(default_factory=dict)  # of a row: seed -> nats, to base
 
     @cached_property
     def deadline(self) -> float:
@@ -96,7 +122,7 @@ class Lab(results.Machine):
 
     @cached_property
     def shared(self) -> dict[str, object]:
-        """Settings of all runs: those of --config, and the model's defaults.
+        """Settings of all arms: those of --config or of a branch, and the model's defaults.
 
         Raises ValueError where max_iters or batch_size is missing, and for a dense model.
         """
@@ -106,16 +132,34 @@ class Lab(results.Machine):
             require(key in settings, f"{key} in {name}", "not said", "said there, for the runs to share it")
         n_expert = settings["n_expert"]
         require(n_expert > 1, f"n_expert in {name}", n_expert, "at least 2, for routers to choose from")
-        return settings
+        return settings | TUNING if self.trunk else settings
 
     @property
-    def k(self) -> int:
-        return self.config.k or self.shared["k"]
+    def trunk(self) -> "Arm | None":
+        """What arms branch off from (None: they begin from scratch)."""
+        if getattr(self.config, "from_scratch", True):
+            return None
+        return Arm("trunk", {"router": "topk"}, "trunk")
 
     @property
-    def seeds(self) -> range:
-        first = self.config.seed
-        return range(first, first + (self.config.seeds or (QUICK_SEEDS if self.config.quick else SEEDS)))
+    def branches(self) -> int:
+        return (self.config.branches or (2 if self.config.quick else 3)) if self.trunk else 0
+
+    @property
+    def starts(self) -> list[Start]:
+        first, fewer = self.config.seed, self.config.quick + bool(self.trunk)
+        seeds = range(first, first + (self.config.seeds or 3 - fewer))
+        branches = range(1, self.branches + 1) if self.trunk else [0]
+        return [Start(seed, branch) for seed in seeds for branch in branches]
+
+    @property
+    def design(self) -> str:
+        """How arms are compared, for people."""
+        name, seeds = self.config.config, len({start.seed for start in self.starts})
+        if not self.trunk:
+            return f"{seeds} runs of each arm from scratch, {name}"
+        iterations = quickened(TUNING)["max_iters"] if self.config.quick else TUNING["max_iters"]
+        return f"{self.branches} branches of {iterations} iterations after each of {seeds} trunks, {name}"
 
     def autocast(self):
         """As in training."""
@@ -126,7 +170,7 @@ def run_question(answer: Callable[[Lab], list[dict]], options: type[results.Opti
     """What the file of a question does when it is started."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: a training then stops and saves
         if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     with bad_input_exits():
         main(answer, options, sys.argv[1:])
 
@@ -139,12 +183,17 @@ def main(answer: Callable[[Lab], list[dict]], options: type[results.Options], ar
     question, name = answer.__globals__["__doc__"].strip(), Path(inspect.getfile(answer)).stem
     lab = Lab.of(options.read(argv, question))
     report = results.measure(lab, {name: (question, answer)}) | {"missing": lab.missing}
-    columns = dict.fromkeys(key for row in report["parts"].get(name, []) for key in row)
+    rows = report["parts"].get(name, [])
+    columns = dict.fromkeys(key for row in rows for key in row)
     print(*(f"{key}: {COLUMNS[key]}" for key in columns if key in COLUMNS), sep="\n")
+    if isinstance(lab.config, Options):
+        report |= {"design": lab.design, "by trunk": results.rounded(lab.by_trunk)}
+        report["comparisons"] = comparisons(rows)
+        print(f"design: {lab.design}\ncomparisons: {report['comparisons']}")
     results.finish(report, lab.config.json)
 
 
-# -------------------- arms and their rows -----------------------------------------------------------------
+# -------------------- arms --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -154,8 +203,10 @@ class Arm:
     name: str
     settings: dict[str, object]  # of train.py, beyond those that all arms share
     base: str  # name of the arm that it is compared to
-    after: "Arm | None" = None  # the arm whose last checkpoints its runs start from
-    file: Path | None = None  # that defines its router, if router.py does not
+    after: "Arm | None" = None  # the trunk whose last checkpoints its runs start from
+    tuned: bool = True  # False: its runs are those checkpoints, opened with its settings
+    rewire: Callable[[MoEGPT], None] | None = None  # changes a model before it is trained, and before judging
+    other_data: int = 0  # from the order of the data that other arms have to its own, as OTHER_DATA
 
     def vary(self, **settings) -> Self:
         """An arm that differs in these settings, compared to this one."""
@@ -163,72 +214,103 @@ class Arm:
         return replace(self, name=f"{self.name}, {said}", settings=self.settings | settings, base=self.name)
 
 
-def router_arms(routers: list[str], k: int, **settings) -> list[Arm]:
-    """An arm for each router with k experts per token, compared to the first."""
+def router_arms(lab: Lab, routers: list[str], k: int, **settings) -> list[Arm]:
+    """An arm for each router with k experts per token, compared to the first.
+
+    After a trunk the weights' divisor stays as it was: the checkpoint says it (norm_best).
+    """
     name = f"{{}}, k={k}".format
-    return [Arm(name(r), {"router": r, "k": k, **settings}, base=name(routers[0])) for r in routers]
+    return [
+        Arm(name(router), {"router": router, "k": k, **settings}, name(routers[0]), lab.trunk)
+        for router in routers
+    ]
 
 
-def tuned_arms(lab: Lab, first: Arm, routers: list[str]) -> list[Arm]:
-    """An arm for each router that goes on where the runs of `first` ended, compared to the first of these."""
-    iterations = TUNING["max_iters"] // (QUICK if lab.config.quick else 1)
-    name = f"{first.name}, {iterations} more of {{}}".format
-    tuning = {"k": lab.k, **TUNING}
-    return [Arm(name(r), {"router": r, **tuning}, base=name(routers[0]), after=first) for r in routers]
+def untuned(arms: list[Arm]) -> list[Arm]:
+    """Of arms that branch off: their trunks with these arms' settings, before any tuning."""
+    return [
+        replace(arm, name=arm.name + UNTUNED, base=arm.base + UNTUNED, tuned=False)
+        for arm in arms
+        if arm.after
+    ]
 
+
+# -------------------- rows --------------------------------------------------------------------------------
 
 Judged = tuple[str, str, dict]  # the name of a row, that of the row it is compared to, the figures of a run
 Judge = Callable[[Arm, "OpenRun"], Iterable[Judged]]
 
 
-def judged(lab: Lab, arms: list[Arm], judge: Judge, **opening) -> list[dict]:
-    """Train the arms where need be, and open each run (open_run). A row of means for each name of `judge`."""
-    by_seed: dict[str, dict[int, dict]] = {}  # name of a row -> seed -> figures
-    bases = {}
-    for arm, seed, folder in trained(lab, arms):
-        with lab.autocast():
-            for name, base, figures in judge(arm, open_run(lab, folder, **opening)):
-                by_seed.setdefault(name, {})[seed] = figures
-                bases[name] = base
-    return [mean_row(name, found, by_seed.get(bases[name], {})) for name, found in by_seed.items()]
+class Compared(NamedTuple):
+    """What becomes a row: the name of the row it is compared to, and the figures of each run."""
+
+    base: str
+    runs: dict[Start, dict]
 
 
 def compare(lab: Lab, arms: list[Arm]) -> list[dict]:
-    """A row for each arm, with the figures of its runs (run_figures).
-
-    They are kept with the run, under a name that changes with the code that made them.
-    """
-    made_by = hashlib.sha256(b"".join((results.HOME / name).read_bytes() for name in CODE)).hexdigest()[:8]
-
-    def judge(arm: Arm, run: OpenRun) -> Iterator[Judged]:
-        kept = run.folder / f"figures-{made_by}.json"
-        if not kept.is_file():
-            whole = kept.with_suffix(f".{os.getpid()}.tmp")
-            whole.write_text(json.dumps(run_figures(run)))
-            whole.replace(kept)
-        yield arm.name, arm.base, json.loads(kept.read_text())
-
-    return judged(lab, arms, judge)
+    """A row for each arm, with all figures of its runs."""
+    return judged(lab, arms, all_figures)
 
 
-def mean_row(name: str, runs: dict[int, dict], base: dict[int, dict]) -> dict:
-    """Means over seeds with their standard errors; the difference to `base`, over the seeds that both have.
+def judged(lab: Lab, arms: list[Arm], judge: Judge, **opening) -> list[dict]:
+    """Train the arms where need be, and open each run (open_run). A row of means for each name of `judge`."""
+    return rows_of(lab, gather(lab, arms, judge, **opening))
 
-    runs, base: seed -> figures.
-    """
+
+def gather(lab: Lab, arms: list[Arm], judge: Judge, **opening) -> dict[str, Compared]:
+    """What `judged` makes rows of, by their names. A line says which runs are missing."""
+    assert lab.shared  # raises ValueError for a config that no run could share
+    jobs = [(arm, start) for start in lab.starts for arm in arms]
+    done = dict(share_out(len(jobs), lambda n, wait: judge_run(lab, *jobs[n], judge, opening, wait)))
+    found: dict[str, Compared] = {}
+    for number, (_, start) in enumerate(jobs):
+        for name, base, figures in done[number]:
+            found.setdefault(name, Compared(base, {})).runs[start] = figures
+    return found
+
+
+def rows_of(lab: Lab, found: dict[str, Compared]) -> list[dict]:
+    rows = []
+    for name, (base, runs) in found.items():
+        against = found[base].runs if base in found and base != name else {}
+        rows.append(mean_row(name, runs, against))
+        if paired := differences(runs, against, "nats"):
+            seeds = {start.seed: [d for s, d in paired.items() if s.seed == start.seed] for start in paired}
+            lab.by_trunk[name] = {seed: mean(values) for seed, values in seeds.items()}
+    return rows
+
+
+def mean_row(name: str, runs: dict[Start, dict], base: dict[Start, dict]) -> dict:
+    """Means over runs with their standard errors, and differences to `base` over what both have."""
     row = {"what": name, "runs": len(runs)}
-    both = [seed for seed in runs if seed in base]
     for key in next(iter(runs.values())):
-        values = [run[key] for run in runs.values()]
+        values = [figures[key] for figures in runs.values() if key in figures]
         if key == "curve":
-            row["curves"] = [{"seed": seed, **run[key]} for seed, run in runs.items()]
+            row["curves"] = [{**start._asdict(), **curve} for start, curve in zip(runs, values)]
         elif key == "tokens":
             row["tokens"] = values[0]
         else:
-            row[key] = mean_and_error(values)
-        if key in ("nats", "exact match") and both and runs is not base:
-            row[f"{key}, to base"] = mean_and_error([runs[seed][key] - base[seed][key] for seed in both])
+            row |= with_verdict(key, values, -1)
+        if key in BETTER and (paired := list(differences(runs, base, key).values())):
+            row |= with_verdict(f"{key}, to base", paired, BETTER[key])
     return row
+
+
+def differences(runs: dict[Start, dict], base: dict[Start, dict], key: str) -> dict[Start, float]:
+    return {
+        start: runs[start][key] - base[start][key] for start in runs if start in base and key in runs[start]
+    }
+
+
+def with_verdict(column: str, values: list[float], better: int) -> dict[str, object]:
+    """Mean and error of a column and, if it holds differences, whether they are told apart from 0."""
+    middle, error = mean_and_error(values)
+    if column not in VERDICTS:
+        return {column: [middle, error]}
+    told = len(values) >= FEWEST and abs(middle) > ERRORS * error
+    verdict = ("better" if middle * better > 0 else "worse") if told else "not told apart"
+    return {column: [middle, error], VERDICTS[column]: verdict}
 
 
 def mean_and_error(values: list[float]) -> list[float]:
@@ -236,23 +318,142 @@ def mean_and_error(values: list[float]) -> list[float]:
     return [mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None]
 
 
+def comparisons(rows: list[dict]) -> str:
+    """How many differences could be called better or worse, and how many would be by chance alone."""
+    tried = [row["runs"] for row in rows for key in VERDICTS.values() if key in row and row["runs"] >= FEWEST]
+    expected = sum(map(chance, tried))
+    return f"{len(tried)} have {FEWEST} runs or more; chance alone would call {expected:.1f} better or worse"
+
+
+def chance(runs: int) -> float:
+    """How often a mean of so many normal values around 0 is more than ERRORS standard errors away from it.
+
+    Student's t with n = runs - 1: its density at sqrt(n) * tan(x) is that of x, cos(x)^(n - 1), scaled.
+    """
+    angle = np.linspace(0, math.pi / 2, 10_001)
+    density = np.cos(angle) ** (runs - 2)
+    return float(density[np.tan(angle) > ERRORS / math.sqrt(runs - 1)].sum() / density.sum())
+
+
 # -------------------- training ----------------------------------------------------------------------------
 
 
-def trained(lab: Lab, arms: list[Arm]) -> Iterator[tuple[Arm, int, Path]]:
-    """Each arm and seed with the folder of its run, which is trained now if it is not yet; seed by seed.
+def share_out(count: int, work: Callable[[int, bool], object]) -> Iterator[tuple[int, object]]:
+    """work(number, wait) of each job, and its number. A job that another process does now comes later.
 
-    A line says which runs are left out, because they fail or would begin after the deadline.
+    work raises BlockingIOError for such a job, unless it is told to wait: when all that are left are such.
     """
-    assert lab.shared  # raises ValueError for a config that no run could share
-    for seed, arm in tqdm([(s, a) for s in lab.seeds for a in arms], unit="run", disable=None):
-        if all(train_run(lab, run, seed) for run in filter(None, (arm.after, arm))):
-            yield arm, seed, run_folder(lab.config, arm, seed)
-        else:
-            name = f"{arm.name}, seed {seed}"
-            tqdm.write(f"missing: {name}")
-            if name not in lab.missing:
-                lab.missing.append(name)
+    todo, busy = deque(range(count)), 0
+    with tqdm(total=count, unit="run", disable=None) as bar:
+        while todo:
+            number = todo.popleft()
+            try:
+                result = work(number, busy > len(todo))
+            except BlockingIOError:
+                todo.append(number)
+                busy += 1
+                continue
+            busy = 0
+            bar.update()
+            yield number, result
+
+
+def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wait: bool) -> list[Judged]:
+    """Train a run if need be, and judge it; [] if it is missing, which a line says.
+
+    What is judged is kept with the run, under a name that changes with all that it depends on.
+    """
+    if not train_run(lab, arm, start, wait):
+        name = f"{arm.name}, {named(start)}"
+        tqdm.write(f"missing: {name}")
+        lab.missing.extend({name}.difference(lab.missing))
+        return []
+    folder, config = run_folder(lab.config, arm, start), lab.config
+    own = (Path(inspect.getfile(function)) for function in (judge, arm.rewire) if function)
+    code = [*(results.HOME / name for name in CODE), *own]
+    sha = hashlib.sha256(b"".join(path.read_bytes() for path in code))
+    part = arm.tuned or lab.branches
+    depends = [arm.name, arm.base, sorted(arm.settings.items()), part, start, opening]
+    sha.update(repr([*depends, config.quick, config.seed, str(lab.device), lab.dtype]).encode())
+    kept = folder / f"judged-{sha.hexdigest()[:12]}.json"
+    with nullcontext() if kept.is_file() else locked(folder, wait):
+        if not kept.is_file():  # nor meanwhile
+            with lab.autocast():
+                found = list(judge(arm, open_run(lab, arm, start, **opening)))
+            with whole(kept) as new:
+                new.write_text(json.dumps(found))
+    return json.loads(kept.read_text())
+
+
+def named(start: Start) -> str:
+    return f"seed {start.seed}" + (f", branch {start.branch}" if start.branch else "")
+
+
+def train_run(lab: Lab, arm: Arm, start: Start, wait: bool = True) -> bool:
+    """Start or resume a run, unless it is finished. False if it fails (a line says why) or is too late.
+
+    Raises BlockingIOError if another process trains it or its trunk now, unless told to wait for that.
+    """
+    if not arm.tuned:
+        return train_run(lab, arm.after, start, wait)
+    folder = run_folder(lab.config, arm, start)
+    finished = folder / "finished"
+    if finished.is_file():
+        return True
+    if time.monotonic() >= lab.deadline or (arm.after and not train_run(lab, arm.after, start, wait)):
+        return False
+    with locked(folder, wait) as output:
+        if finished.is_file() or time.monotonic() >= lab.deadline:
+            return finished.is_file()
+        if not (folder / "last.pt").is_file():
+            (folder / "log.jsonl").unlink(missing_ok=True)  # of a start that was cut short
+        with redirect_stdout(output), redirect_stderr(output):
+            error = train_here(arm, run_settings(lab.config, arm, start), folder)
+        if error:
+            tqdm.write(f"{arm.name}, {named(start)} failed: {error} (more in {output.name})")
+            return False
+        (folder / "best.pt").unlink(missing_ok=True)  # large, and nothing here reads it
+        finished.touch()
+    return True
+
+
+def train_here(arm: Arm, settings: dict[str, object], folder: Path) -> str | None:
+    """What train.py does, with the arm's rewiring. What went wrong, if anything did."""
+    resume = {"init_from": "resume"} if (folder / "last.pt").is_file() else {}
+    settings = settings | {"out_dir": folder} | resume
+    texts = {key: str(v).lower() if isinstance(v, bool | None) else v for key, v in settings.items()}
+    try:
+        config, checkpoint = train.read_config([f"--{key}={text}" for key, text in texts.items()])
+        config, dataset = train.open_dataset(config, checkpoint)
+        run = train.set_up(config, dataset, checkpoint)
+        if arm.rewire:
+            arm.rewire(run.model)
+        if not train.train(run):
+            raise KeyboardInterrupt
+    except (ValueError, OSError, train.Diverged, torch.OutOfMemoryError) as error:
+        return str(error)
+    if run.forward is not run.model:
+        torch.compiler.reset()  # or what was compiled would count against the next model
+    run.optimizers = []  # half of the file, and no run goes on with them
+    return None if run.save("last.pt") else "its end could not be saved"
+
+
+@contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[IO]:
+    """The file train.txt of a run, to be added to, while no other process has it.
+
+    Raises BlockingIOError if another one has it now, unless told to wait.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "train.txt", "a") as file:
+        try:
+            lock(file)
+        except BlockingIOError:
+            if not wait:
+                raise
+            tqdm.write(f"waiting for another process that works in {folder}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 def file_settings(name: str) -> dict[str, object]:
@@ -260,99 +461,31 @@ def file_settings(name: str) -> dict[str, object]:
     return {key: value for key, value in read_file(name).items() if isinstance(value, PLAIN)}
 
 
-def run_settings(config: Options, arm: Arm, seed: int) -> dict[str, object]:
+def quickened(settings: dict[str, object]) -> dict[str, object]:
+    """The settings of --quick."""
+    return settings | {key: max(1, settings[key] // QUICK) for key in QUICKENED if settings.get(key)}
+
+
+def run_settings(config: Options, arm: Arm, start: Start) -> dict[str, object]:
     """What train.py is told for a run, apart from its folder."""
-    settings = file_settings(config.config) | arm.settings
-    if config.quick:
-        settings |= {key: max(1, settings[key] // QUICK) for key in QUICKENED if key in settings}
+    settings = file_settings(config.config) | (TUNING if arm.after else {}) | arm.settings
+    settings = (quickened(settings) if config.quick else settings) | {"seed": start.seed}
     where = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
     settings |= {key: value for key, value in where.items() if value != "auto"}
-    if arm.after is None:
-        return settings | {"seed": seed}
-    start = run_folder(config, arm.after, seed) / "last.pt"
-    return settings | {"seed": seed + OTHER_BATCHES, "init_from": start}
+    if arm.after:
+        settings["seed"] += OTHER_DATA * (start.branch + arm.other_data)
+        settings["init_from"] = run_folder(config, arm.after, start) / "last.pt"
+    return settings
 
 
-def run_folder(config: Options, arm: Arm, seed: int) -> Path:
+def run_folder(config: Options, arm: Arm, start: Start) -> Path:
     """Where a run is kept. Other settings have another folder, so a config that has changed has new runs."""
-    settings = run_settings(config, arm, seed)
+    if not arm.tuned:
+        return run_folder(config, arm.after, start)
+    settings = run_settings(config, arm, start) | ({"rewired": arm.name} if arm.rewire else {})
     digest = hashlib.sha256(str(sorted((key, str(value)) for key, value in settings.items())).encode())
     words = "-".join(f"{key}-{value}" for key, value in sorted(arm.settings.items()))
-    return RUNS / f"{Path(config.config).stem}-{words}-seed{seed}-{digest.hexdigest()[:8]}"
-
-
-def train_run(lab: Lab, arm: Arm, seed: int) -> bool:
-    """Start or resume a run, unless it is finished. False if it fails (a line says why) or is too late."""
-    folder = run_folder(lab.config, arm, seed)
-    finished = folder / "finished"
-    if finished.is_file() or time.monotonic() >= lab.deadline:
-        return finished.is_file()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "train.txt", "a") as output:
-        lock(output)
-        if finished.is_file() or time.monotonic() >= lab.deadline:
-            return finished.is_file()
-        settings = run_settings(lab.config, arm, seed) | {"sample_tokens": 0, "out_dir": folder}
-        if (folder / "last.pt").is_file():
-            settings["init_from"] = "resume"
-        else:
-            (folder / "log.jsonl").unlink(missing_ok=True)  # of a start that was cut short
-        code = wait_for(command_line(arm, settings), output)
-        if code or not is_saved(folder, settings["max_iters"]):
-            tqdm.write(f"{arm.name}, seed {seed} failed: {last_words(folder / 'train.txt')}")
-            return False
-        (folder / "best.pt").unlink(missing_ok=True)  # large, and nothing here reads it
-        finished.touch()
-    return True
-
-
-def command_line(arm: Arm, settings: dict[str, object]) -> list[str]:
-    """What trains an arm."""
-    files = [arm.file] if arm.file else []
-    texts = {key: str(v).lower() if isinstance(v, bool | None) else v for key, v in settings.items()}
-    options = [f"--{key}={text}" for key, text in texts.items()]
-    return [sys.executable, str(results.HOME / "train.py"), *map(str, files), *options]
-
-
-def lock(file: IO) -> None:
-    """Wait until no other process has a lock on the file. Processes that write to it inherit this lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        tqdm.write(f"waiting for another process that trains in {Path(file.name).parent}")
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def wait_for(command: list[str], output: IO) -> int:
-    """The exit code of a command, which writes to `output`; then the seconds that it took are written there.
-
-    Ctrl-C does not reach it from the terminal: it is told to stop from here, and has time to save.
-    """
-    start = time.monotonic()
-    process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
-    finally:
-        print(SECONDS.format(time.monotonic() - start), file=output, flush=True)
-
-
-def is_saved(folder: Path, iterations: int) -> bool:
-    """Whether the last checkpoint of a run is its end: on a full disk train.py goes on without saving."""
-    try:
-        return load_checkpoint(folder / "last.pt")["step"] == iterations
-    except ValueError:
-        return False
-
-
-def last_words(path: Path) -> str:
-    """The last line of train.py in train.txt, and where there is more."""
-    lines = path.read_text().strip().splitlines()
-    said = [line for line in lines if not re.fullmatch(SECONDS.format(r"[\d.]+"), line)]
-    return f"{' '.join(said[-1:])} (more in {path})"
+    return RUNS / f"{Path(config.config).stem}-{words}-seed{settings['seed']}-{digest.hexdigest()[:8]}"
 
 
 # -------------------- judging what was trained ------------------------------------------------------------
@@ -361,26 +494,43 @@ def last_words(path: Path) -> str:
 class OpenRun(NamedTuple):
     """A finished run, open to be judged."""
 
-    folder: Path
     model: MoEGPT
     dataset: data.Dataset
     batches: list[tuple[Tensor, Tensor]]  # of validation windows
-    settings: dict  # of train.py
+    part: slice  # of the validation text and of test problems, by which it is judged
 
     @property
     def decode(self) -> str:
         """The router under which the model writes."""
         return ROUTERS[self.model.config.router].decode
 
+    def changed(self, **settings) -> Self:
+        """The same weights under other settings of the routing."""
+        model = deepcopy(self.model)
+        for module in (model, *model.expert_layers()):
+            module.config = replace(model.config, **settings)
+        return self._replace(model=model)
+
     def evaluate(self, router: str | None = None) -> dict:
         """evaluate_text of the validation windows under a router (None: the one that decodes)."""
         token_bytes = self.dataset.tokenizer.token_bytes
-        return evaluate_text(self.model, self.batches, token_bytes, router or self.decode)
+        return train.evaluate_text(self.model, self.batches, token_bytes, router or self.decode)
 
     def losses(self, router: str | None = None) -> dict[str, float]:
         """Three columns of `evaluate`."""
         found = self.evaluate(router)
         return {"nats": found["loss"], "bits/byte": found["bpb"], "experts per token": found["experts"][0]}
+
+    def figures(self) -> dict[str, float]:
+        """Columns of losses and routing."""
+        router, causal = self.model.config.router, self.evaluate()
+        as_trained = causal if router == self.decode else self.evaluate(router)
+        found = {"nats": causal["loss"], "bits/byte": causal["bpb"], "as trained": as_trained["loss"]}
+        found["leak"] = causal["loss"] - as_trained["loss"]
+        if "experts" in causal:
+            found |= {"experts per token": causal["experts"][0], "load entropy": causal["entropy"]}
+            found |= {"load variance": causal["variance"], "dead": causal["dead"]}
+        return found
 
     @torch.no_grad()
     def by_token(self, router: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -388,31 +538,43 @@ class OpenRun(NamedTuple):
 
         Raises ValueError for a dataset of which only answers are learned.
         """
-        whole, device = self.dataset.val_answers is None, self.model.head.weight.device
-        require(whole, "dataset", self.dataset.folder.name, "one of which all tokens are learned")
+        complete, device = self.dataset.val_answers is None, self.model.head.weight.device
+        require(complete, "dataset", self.dataset.folder.name, "one of which all tokens are learned")
         parts = []
         for x, y in self.batches:
             logits, _, stats = self.model(x.to(device), router=router)
-            log_share = logits.log_softmax(-1)
-            loss = -log_share.gather(-1, y.to(device).unsqueeze(-1)).squeeze(-1).float()
-            entropy = -(log_share.exp() * log_share).sum(-1).float()
+            loss, entropy = loss_and_entropy(logits, y.to(device))
             parts.append([each.cpu() for each in (loss, entropy, stats.n_taken.movedim(0, -1))])
         return tuple(torch.cat(each) for each in zip(*parts))
 
-    def usual_text(self, seed: int) -> tuple[Tensor, ...]:
-        """Batches of the training text, which tell how the model routes: (batch_size, T) each."""
+    @torch.no_grad()
+    def usual_routing(self, router: str, seed: int) -> list[Routing]:
+        """How each layer routes a piece of the training text, (n, T, E) each."""
         size, T = self.batches[0][0].shape
         x, _ = self.dataset.train_batch(0, USUAL_TOKENS // T, T, seed)
-        return x.to(self.model.head.weight.device).split(size)
+        text = x.to(self.model.head.weight.device).split(size)
+        found = zip(*(self.model(x, router=router)[2].routing for x in text))
+        return [Routing(*map(torch.cat, zip(*layer))) for layer in found]
 
 
-def open_run(lab: Lab, folder: Path, tokens: int | None = None, **changes) -> OpenRun:
+def loss_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """In nats, of each token: logits (B, T, V), targets (B, T) -> (B, T) each."""
+    log_share = logits.log_softmax(-1)
+    loss = -log_share.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return loss.float(), -(log_share.exp() * log_share).sum(-1).float()
+
+
+def open_run(lab: Lab, arm: Arm, start: Start, tokens: int | None = None, **changes) -> OpenRun:
     """A run by its last checkpoint, with `changes` of its config, to be judged by so many tokens.
 
-    tokens None: JUDGED_TOKENS. --quick has fewer, whatever was asked for. Raises ValueError if the dataset
-    was prepared anew since.
+    tokens None: JUDGED_TOKENS. --quick has fewer, whatever was asked for. Branches of an arm without tuning
+    would be all alike, so each is judged by a part of the text. Raises ValueError if the dataset was prepared
+    anew since.
     """
+    folder = run_folder(lab.config, arm, start)
     checkpoint = load_checkpoint(folder / "last.pt")
+    own = {} if arm.tuned else arm.settings
+    changes = {f.name: own[f.name] for f in fields(MoEConfig) if f.name in own} | changes
     settings = checkpoint["train_config"] | changes
     dataset = data.load(settings["dataset"])
     same = checkpoint["source_sha256"] == dataset.meta["source_sha256"]
@@ -420,34 +582,22 @@ def open_run(lab: Lab, folder: Path, tokens: int | None = None, **changes) -> Op
     remedy = f"the same: delete {folder} to train it again"
     require(same, f"the data in {dataset.folder}", "other than when a run was trained", remedy)
     model = MoEGPT.from_checkpoint(checkpoint, **changes).to(lab.device).eval()
+    if arm.rewire:
+        arm.rewire(model)
     tokens = JUDGED_TOKENS // QUICK if lab.config.quick else tokens or JUDGED_TOKENS
     windows = max(1, tokens // settings["block_size"])
     batches = dataset.val_batches(settings["block_size"], settings["batch_size"], windows)
-    return OpenRun(folder, model, dataset, batches, settings)
+    part = slice(None) if arm.tuned else slice(start.branch - 1, None, lab.branches)
+    fewer = f"at most {len(batches)}, for each to be judged by a batch of its own"
+    require(lab.branches <= len(batches), "branches", lab.branches, fewer)
+    return OpenRun(model, dataset, batches[part], part)
 
 
-def run_figures(run: OpenRun) -> dict[str, object]:
-    """Columns of a finished run: by its last checkpoint and, of how it went, by its log."""
-    router, causal = run.model.config.router, run.evaluate()
-    as_trained = causal if router == run.decode else run.evaluate(router)
-    figures = {"nats": causal["loss"], "bits/byte": causal["bpb"], "as trained": as_trained["loss"]}
-    figures["leak"] = causal["loss"] - as_trained["loss"]
-    if "experts" in causal:
-        figures |= {"experts per token": causal["experts"][0], "load entropy": causal["entropy"]}
-        figures |= {"load variance": causal["variance"], "dead": causal["dead"]}
-    data_folder, tokenizer = run.dataset.folder, run.dataset.tokenizer
-    if data_folder.name == "arithmetic" and (data_folder / "test.jsonl").is_file():
-        problems = solve.test_problems(data_folder, PROBLEMS)
-        figures["exact match"] = mean(right for right, _ in solve.solve(run.model, tokenizer, problems))
-    return figures | course(run)
-
-
-def course(run: OpenRun) -> dict[str, object]:
-    """How a run went: losses on the way, speed, and time."""
-    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    evals = [line for line in lines if line["kind"] == "eval"]
-    curve = {"step": [e["step"] for e in evals], "nats": [e["causal"]["loss"] for e in evals]}
-    per_step = [run.settings[key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")]
-    rate = median(line["tokens_per_second"] for line in lines if line["kind"] == "train")
-    seconds = re.findall(SECONDS.format(r"([\d.]+)"), (run.folder / "train.txt").read_text())
-    return {"curve": curve, "steps/s": rate / math.prod(per_step), "minutes": sum(map(float, seconds)) / 60}
+def all_figures(arm: Arm, run: OpenRun) -> Iterator[Judged]:
+    """OpenRun.figures; and the share of problems solved if the data are arithmetic and nothing is rewired."""
+    figures, folder = run.figures(), run.dataset.folder
+    if not arm.rewire and folder.name == "arithmetic" and (folder / "test.jsonl").is_file():
+        problems = solve.test_problems(folder, PROBLEMS)[run.part]
+        solved = solve.solve(run.model, run.dataset.tokenizer, problems)
+        figures["exact match"] = mean(right for right, _ in solved)
+    yield arm.name, arm.base, figures

@@ -8,18 +8,21 @@ of the same weights and tokens, first over all positions and then by position in
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 from torch import Tensor
 
-from experiments.lab import Arm, Judged, Lab, OpenRun, judged, run_question
+from experiments.lab import Arm, Judged, Lab, OpenRun, judged, router_arms, run_question
 
 LENGTHS = (256, 1024, 2048)
 PLACES = (16, 64, 256, 1024, 2048)  # ends of ranges of positions
 
 
 def answer(lab: Lab) -> list[dict]:
-    arms = [Arm(f"T={T}", {"router": "seqtopk", "k": lab.k} | longer(lab.shared, T), "") for T in LENGTHS]
+    (arm,) = router_arms(lab, ["seqtopk"], lab.config.k)
+    sizes = {T: longer(lab.shared, T) for T in LENGTHS}
+    arms = [replace(arm, name=f"T={T}", settings=arm.settings | size) for T, size in sizes.items()]
     return judged(lab, arms, judge, tokens=sys.maxsize)  # all of the text, for each T to have the same
 
 

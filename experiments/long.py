@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from experiments.lab import Arm, Judged, Lab, OpenRun, judged, open_run, router_arms, run_question
+from experiments.lab import Arm, Judged, Lab, OpenRun, judged, router_arms, run_question
 
 
 def answer(lab: Lab) -> list[dict]:
     def judge(arm: Arm, run: OpenRun) -> Iterator[Judged]:
         for strict, kind in itertools.product((True, False), ("written", "read")):
-            opened = open_run(lab, run.folder, strict=strict)
+            opened = run.changed(strict=strict)
             experts = read_experts(opened) if kind == "read" else written_experts(opened, lab.config.seed)
             quarters = experts.cpu().unflatten(1, (4, -1)).mean((0, 2, 3))  # (4,)
             spent = quarters.cumsum(0) / torch.arange(1, 5) / run.model.config.k
@@ -26,7 +26,7 @@ def answer(lab: Lab) -> list[dict]:
                 name = f"{arm.name}, {'' if strict else 'not '}strict, {kind}, quarter {i + 1}"
                 yield name, "", {"experts per token": quarters[i].item(), "spent": spent[i].item()}
 
-    return judged(lab, router_arms(["seqtopk", "online_seqtopk"], lab.k), judge)
+    return judged(lab, router_arms(lab, ["seqtopk", "online_seqtopk"], lab.config.k), judge)
 
 
 def written_experts(run: OpenRun, seed: int) -> Tensor:

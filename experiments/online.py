@@ -6,13 +6,16 @@ under online SeqTopK. "nats" is the loss under online SeqTopK, and TopK's own fo
 to TopK, but the last to SeqTopK.
 """
 
-from experiments.lab import Arm, Lab, compare, router_arms, run_question
+from dataclasses import replace
+
+from experiments.lab import Lab, compare, router_arms, run_question
 
 
 def answer(lab: Lab) -> list[dict]:
-    arms = router_arms(["topk", "seqtopk", "online_seqtopk"], lab.k)
+    arms = router_arms(lab, ["topk", "seqtopk", "online_seqtopk"], lab.config.k)
     start = {"first_router": "seqtopk", "first_iters": lab.shared["max_iters"] * 9 // 10}
-    switched = Arm(f"seqtopk, the last tenth online, k={lab.k}", arms[2].settings | start, base=arms[1].name)
+    name = f"seqtopk, the last tenth online, k={lab.config.k}"
+    switched = replace(arms[2], name=name, settings=arms[2].settings | start, base=arms[1].name)
     return compare(lab, [*arms, switched])
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from experiments.lab import Arm, Judged, Lab, OpenRun, Options, judged, router_arms, run_question
+from experiments.lab import Arm, BranchOptions, Judged, Lab, OpenRun, judged, router_arms, run_question
 
 from config import require
 from model import MoEGPT
@@ -23,7 +23,7 @@ def answer(lab: Lab) -> list[dict]:
         yield f"{arm.name}, a quarter dropped", arm.name, pruned.losses()
 
     kept_experts(lab.shared["n_expert"], 8)  # raises now, and not when the minutes are spent
-    return judged(lab, [arm for k in (8, 2) for arm in router_arms(["topk", "seqtopk"], k)], judge)
+    return judged(lab, [arm for k in (8, 2) for arm in router_arms(lab, ["topk", "seqtopk"], k)], judge)
 
 
 def kept_experts(n_expert: int, k: int) -> int:
@@ -42,11 +42,11 @@ def without_least_used(run: OpenRun, seed: int) -> MoEGPT:
     """
     model = copy.deepcopy(run.model)
     kept = kept_experts(model.config.n_expert, model.config.k)
-    load = sum(model(x, router=run.decode)[2].load for x in run.usual_text(seed))  # (L, E)
-    for layer, pairs in zip(model.expert_layers(), load, strict=True):
-        layer.bias[pairs.argsort(descending=True, stable=True)[kept:]] = -torch.inf  # never chosen
+    for layer, routing in zip(model.expert_layers(), run.usual_routing(run.decode, seed), strict=True):
+        load = routing.mask.sum((0, 1))  # (E,)
+        layer.bias[load.argsort(descending=True, stable=True)[kept:]] = -torch.inf  # never chosen
     return model
 
 
 if __name__ == "__main__":
-    run_question(answer, Options)
+    run_question(answer, BranchOptions)

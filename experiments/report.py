@@ -5,6 +5,7 @@ python experiments/report.py figures            the figures of README.md, from r
 """
 
 import itertools
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NEAR = 0.4  # nats; larger differences are cut off, because they would flatten all others
+BY_K = re.compile(r"(.+), k=(\d+)(, untuned)?")  # the names of rows that are drawn against K
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe and Ito
 STYLES = list(itertools.product(("-", "--", ":"), COLOURS))  # of the lines in a figure, one after another
 LOOK = {"font.size": 9, "font.sans-serif": ["DejaVu Sans"], "legend.frameon": False}
@@ -34,6 +35,7 @@ def table(path: Path) -> str:
     """Markdown: each part of a file, below what made it. Raises ValueError if the file has no rows."""
     report = read_report(path)
     source = "`{command}`, {machine}, {dtype}, commit {commit}".format(**report)
+    source += "".join(f"; {report[key]}" for key in ("design", "comparisons") if key in report)
     tables = [f"**{part}**: {source}\n\n{rows_table(rows)}" for part, rows in report["parts"].items() if rows]
     require(bool(tables), f"{path}", "without rows", "what --json=FILE wrote")
     return "\n\n".join(tables)
@@ -54,12 +56,12 @@ def save_figures(folder: Path) -> Iterator[str]:
     from matplotlib.figure import Figure
 
     found = {path.stem: read_report(path) for path in sorted(folder.glob("*.json"))}
-    for name, (parts, draw_onto) in FIGURES.items():
-        part = next((part for part in parts if curve_rows(found, part)), None)
-        if part is None:
-            yield f"{name} is left out; first: python experiments/{parts[0]}.py --json={folder}/NAME.json"
+    for name, (part, column, draw_onto) in FIGURES.items():
+        rows = [(stem, row) for stem, report in found.items() for row in report["parts"].get(part, [])]
+        rows = [(stem, row) for stem, row in rows if row.get(column)]
+        if not rows:
+            yield f"{name} is left out; first: python experiments/{part}.py --json={folder}/NAME.json"
             continue
-        rows = curve_rows(found, part)
         with matplotlib.rc_context(LOOK):
             figure = Figure(layout="constrained")
             draw_onto(figure, rows)
@@ -67,49 +69,28 @@ def save_figures(folder: Path) -> Iterator[str]:
         yield f"{name}: {part}, from {', '.join(dict.fromkeys(stem for stem, _ in rows))}"
 
 
-def curve_rows(found: dict[str, dict], part: str) -> list[tuple[str, dict]]:
-    """The rows of a part that have curves, each with the stem of its file."""
-    rows = [(stem, row) for stem, report in found.items() for row in report["parts"].get(part, [])]
-    return [(stem, row) for stem, row in rows if row.get("curves")]
-
-
-def draw_curves(figure: "Figure", found: list[tuple[str, dict]]) -> None:
-    """For each file and k the losses, and beside them the differences to the first router."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+def draw_by_k(column: str, figure: "Figure", found: list[tuple[str, dict]]) -> None:
+    """For each file a panel without tuning and one with: a column against K, a line for each router."""
+    panels: dict[str, dict[str, dict[int, list[float]]]] = {}  # title -> router -> K -> mean, error
     for stem, row in found:
-        groups.setdefault((stem, row["what"].rpartition(", ")[2]), []).append(row)
-    routers = list(dict.fromkeys(router_of(row) for _, row in found))  # each has one colour in all panels
-    figure.set_size_inches(11, 3.6 * len(groups))
-    for (titles, rows), panels in zip(groups.items(), figure.subplots(len(groups), 2, squeeze=False)):
-        draw_routers(*panels, rows, routers)
-        panels[0].set_title(", ".join(titles))
-
-
-def router_of(row: dict) -> str:
-    return row["what"].rpartition(", ")[0]
-
-
-def draw_routers(losses: "Axes", differences: "Axes", rows: list[dict], routers: list[str]) -> None:
-    """Losses, and differences paired by seed: none for a row whose seeds are not those of the first row."""
-    steps = rows[0]["curves"][0]["step"][1:]  # before the first step all are alike
-    for row in rows:
-        nats, label, place = losses_of(row), router_of(row), routers.index(router_of(row))
-        paired = [curve["seed"] for curve in row["curves"]] == [curve["seed"] for curve in rows[0]["curves"]]
-        draw_band(losses, place, steps, nats, label)
-        if "nats, to base" in row:
-            middle, error = row["nats, to base"]
-            label += f" {middle:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
-        draw_band(differences, place, steps, nats - losses_of(rows[0]) if paired else nats[:0], label)
-    bottom, top = differences.get_ylim()
-    differences.set_ylim(max(bottom, -NEAR), min(top, NEAR))
-    losses.set(xlabel="training step", ylabel="causal validation loss (nats per token)")
-    differences.set(xlabel="training step", ylabel=f"difference to {rows[0]['what']}, same seed (nats)")
-    put_legend(differences, "number: that of the table, after the last step")
-
-
-def losses_of(row: dict) -> np.ndarray:
-    """Losses on the way, after the first step: (seeds, n)."""
-    return np.array([curve["nats"][1:] for curve in row["curves"]])
+        if match := BY_K.fullmatch(row["what"]):
+            router, k, untuned = match.groups()
+            lines = panels.setdefault(f"{stem}, {'untuned' if untuned else 'tuned'}", {})
+            lines.setdefault(router, {})[int(k)] = row[column]
+    routers = list(dict.fromkeys(itertools.chain(*panels.values())))  # each has one colour in all panels
+    figure.set_size_inches(2 + 4.5 * len(panels), 3.8)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=column != "nats")[0]
+    for panel, (title, lines) in zip(axes, panels.items()):
+        panel.set(title=title, xlabel="K", xscale="log", xticks=(ks := sorted(set().union(*lines.values()))))
+        panel.set_xticks([], minor=True)
+        panel.set_xticklabels(ks)
+        for router, points in lines.items():
+            at = sorted(points)
+            middle, error = np.array([points[k] for k in at], dtype=float).T  # of one run, the error is nan
+            stroke, colour = STYLES[routers.index(router) % len(STYLES)]
+            panel.errorbar(at, middle, error, linestyle=stroke, color=colour, capsize=3, label=router)
+    axes[0].set_ylabel(AXES[column])
+    put_legend(axes[-1], "bar: standard error over runs")
 
 
 def draw_lines(x: str, y: str, figure: "Figure", found: list[tuple[str, dict]]) -> None:
@@ -128,23 +109,22 @@ def draw_lines(x: str, y: str, figure: "Figure", found: list[tuple[str, dict]]) 
             draw_band(panel, place, across.mean(0), up, row["what"].removesuffix(", all tokens"))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter(LogFormatter())
-        put_legend(panel)
+        put_legend(panel, "line: mean over runs", "band: its standard error")
     panels[0].set_ylabel(AXES[y])
 
 
-def draw_band(axes: "Axes", place: int, x: Iterable[float], seeds: np.ndarray, label: str) -> None:
-    """A panel's line number `place`: the mean of seeds (runs, n) against x (n,), and its standard error."""
+def draw_band(axes: "Axes", place: int, x: Iterable[float], runs: np.ndarray, label: str) -> None:
+    """A panel's line number `place`: the mean of runs (runs, n) against x (n,), and its standard error."""
     stroke, colour = STYLES[place % len(STYLES)]
-    points = [(at, *mean_and_error(values)) for at, values in zip(x, seeds.T.tolist()) if values]
+    points = [(at, *mean_and_error(values)) for at, values in zip(x, runs.T.tolist())]
     at, middle, error = np.array(points, dtype=float).reshape(-1, 3).T  # of one run, the error is nan
     axes.plot(at, middle, linestyle=stroke, marker=".", color=colour, label=label)
     axes.fill_between(at, middle - error, middle + error, color=colour, alpha=0.2, linewidth=0)
 
 
-def put_legend(axes: "Axes", *more: str) -> None:
+def put_legend(axes: "Axes", *title: str) -> None:
     """Beside the panel, where it hides no line."""
-    title = "\n".join(["line: mean over seeds", "band: its standard error", *more])
-    axes.legend(title=title, loc="upper left", alignment="left", bbox_to_anchor=(1, 1))
+    axes.legend(title="\n".join(title), loc="upper left", alignment="left", bbox_to_anchor=(1, 1))
 
 
 AXES = {
@@ -152,11 +132,14 @@ AXES = {
     "experts": "experts per token",
     "position": "position (a point: the mean of the tokens since the point before)",
     "gap": "online loss less global loss (nats)",
+    "nats": "causal validation loss (nats per token)",
+    "nats, to base": "difference to TopK with the same K (nats)",
 }
-FIGURES = {  # each is drawn from the first of these questions that has curves, by this function
-    "curves.svg": (("routers", "online", "sparsity"), draw_curves),
-    "experts_by_entropy.svg": (("difficulty",), partial(draw_lines, "entropy", "experts")),
-    "gap_by_position.svg": (("length",), partial(draw_lines, "position", "gap")),
+FIGURES = {  # each is drawn from the rows of a question that have a column, by a function
+    "loss_by_k.svg": ("sparsity", "nats", partial(draw_by_k, "nats")),
+    "gain_by_k.svg": ("sparsity", "nats, to base", partial(draw_by_k, "nats, to base")),
+    "experts_by_entropy.svg": ("difficulty", "curves", partial(draw_lines, "entropy", "experts")),
+    "gap_by_position.svg": ("length", "curves", partial(draw_lines, "position", "gap")),
 }
 
 

@@ -20,6 +20,7 @@ BOUNDED = [name for name, row in ROUTERS.items() if row.bounded]
 class RouterOptions(Options):
     """What to compare."""
 
+    config: str = "config/tiny_topk.py"  # settings of train.py that all runs share
     routers: str = ",".join(BOUNDED)  # names, or loss_free or dense; the others are compared to the first
     ks: str | None = None  # experts per token, each compared by itself (none: as in --config)
 
@@ -52,7 +53,7 @@ def recipe(shared: dict[str, object], router: str, k: int) -> dict[str, object]:
         "expert_threshold": {**alone, **warm_up},
         "remoe": alone,
         "null_experts": {"n_null": shared["n_expert"], "balance_coef": 0.02},  # as in arXiv 2601.15370
-        # about k experts, where scores are as even as those of config/compare.py
+        # about k experts, where scores are even
         "top_p": {"mass": min(1.0, 1.6 * k / shared["n_expert"]), "entropy_coef": 1e-4},
     }
     needs = ROUTERS[router].needs if router in ROUTERS else {}

@@ -9,8 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import chain, pairwise
 from statistics import mean
@@ -19,9 +17,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import ref_online_seqtopk, ref_seqtopk
+from runs import interrupt, when
 
-from experiments import arithmetic, batches, difficulty, lab, length, prune, report, routers, solve, sparsity
-from experiments.lab import Arm, Lab, OptionsWithK
+from experiments import arithmetic, batches, difficulty, lab, length, prune, report, routers, solve
+from experiments.lab import Arm, BranchOptions, Lab, OptionsWithK, Start
 
 import data
 import train
@@ -33,24 +32,13 @@ from router import ROUTERS
 
 CONFIG = """
 dataset = {dataset!r}
-n_layer, n_head, n_embd, n_hidden, n_expert, k = 2, 2, 16, 8, 12, 2
-block_size, batch_size, max_iters, warmup_iters, eval_windows, log_interval = 32, 4, 10, 0, 40, 1
+n_layer, n_head, n_embd, n_hidden, n_expert, k = 2, 2, 16, 8, 12, 4
+block_size, batch_size, max_iters, warmup_iters, eval_windows, log_interval = 32, 4, 10, 0, 16, 1
 learning_rate = 0.05
 device = "cpu"
 """
-WAIT_FOR = lab.wait_for  # as it is; most tests have train_here in its place
-
-
-def train_here(command, output):
-    """What the command would do in a process of its own: python train.py ..."""
-    with redirect_stdout(output), redirect_stderr(output):
-        try:
-            train.main(command[2:])
-        except SystemExit as stop:
-            return stop.code
-        finally:
-            output.flush()
-    return 0
+FIRST = Start(1337, 1)
+TUNING, TRAIN_HERE = lab.TUNING, lab.train_here  # as they are; tests have others in their places
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,19 +50,18 @@ def own_routers():
     ROUTERS.update(before)
 
 
-@pytest.fixture(scope="module")
-def gap(own_routers):
-    return importlib.import_module("experiments.gap")
+def question(name):
+    return pytest.fixture(scope="module")(lambda own_routers: importlib.import_module(f"experiments.{name}"))
+
+
+gap, discount, oracle, layers, scores, sparsity = map(
+    question, ("gap", "discount", "oracle", "layers", "scores", "sparsity")
+)
 
 
 @pytest.fixture(scope="module")
-def discount(own_routers):
-    return importlib.import_module("experiments.discount")
-
-
-@pytest.fixture(scope="module")
-def ask(tmp_path_factory, gap):
-    """Rows of a question (each answered once), with a toy config: two seeds, runs shared by the questions."""
+def ask(tmp_path_factory, gap, sparsity):
+    """Rows of a question (each answered once), with a toy config: two branches, runs shared by questions."""
     folder = tmp_path_factory.mktemp("runs")
     rng = random.Random(0)
     docs = [document(make_problem(rng, 1 + i % 5)) for i in range(60)]
@@ -84,14 +71,14 @@ def ask(tmp_path_factory, gap):
     rows = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lab, "RUNS", folder / "runs")
-        patch.setattr(lab, "wait_for", train_here)
-        patch.setattr(lab, "TUNING", {"max_iters": 2, "warmup_iters": 1, "learning_rate": 0.01})
+        short = {"max_iters": 2, "warmup_iters": 1, "eval_interval": 2, "learning_rate": 0.01}
+        patch.setattr(lab, "TUNING", short)
         patch.setattr(lab, "USUAL_TOKENS", 256)
-        patch.setattr(lab, "JUDGED_TOKENS", 40 * 32)
+        patch.setattr(lab, "JUDGED_TOKENS", 16 * 32)
         patch.setattr(length, "LENGTHS", (8, 32))
         patch.setattr(length, "PLACES", (4, 8, 32))
+        patch.setattr(sparsity, "KS", (2, 1))
         patch.setattr(gap, "PRIORS", (0, 1, 64))
-        patch.setattr(train, "estimate", lambda run: "soon")
 
         def ask(name):
             if name not in rows:
@@ -102,19 +89,18 @@ def ask(tmp_path_factory, gap):
             return rows[name]
 
         ask.folder, ask.docs = folder, docs
-        ask.lab = Lab.of(
-            OptionsWithK(config=f"{folder}/config.py", device="cpu", dtype="float32", seeds=2, k=2)
-        )
+        ask.config = f"{folder}/config.py"
+        ask.lab = Lab.of(OptionsWithK(config=ask.config, device="cpu", dtype="float32", seeds=1, branches=2))
         yield ask
 
 
 @pytest.fixture
 def own(ask, monkeypatch, tmp_path):
-    """A Lab with one seed, the folder of its own copy of the data, and none of the runs of the others."""
+    """A Lab with one branch, the folder of its own copy of the data, and none of the runs of the others."""
     folder = shutil.copytree(ask.folder / "arithmetic", tmp_path / "arithmetic")
     (tmp_path / "config.py").write_text(CONFIG.format(dataset=str(folder)))
     monkeypatch.setattr(lab, "RUNS", tmp_path / "runs")
-    return changed(ask.lab, seeds=1, config=f"{tmp_path}/config.py"), folder
+    return changed(ask.lab, branches=1, config=f"{tmp_path}/config.py"), folder
 
 
 def changed(here, **options):
@@ -123,8 +109,9 @@ def changed(here, **options):
 
 def opened(ask, trained_by, **changes):
     """The first run under a router, with k=2."""
-    ((_, _, folder),) = lab.trained(changed(ask.lab, seeds=1), lab.router_arms([trained_by], 2))
-    return lab.open_run(ask.lab, folder, **changes)
+    (arm,) = lab.router_arms(ask.lab, [trained_by], 2)
+    assert lab.train_run(ask.lab, arm, FIRST)
+    return lab.open_run(ask.lab, arm, FIRST, **changes)
 
 
 # -------- what the questions promise
@@ -134,6 +121,7 @@ QUARTERS = [f"{kind}, quarter {i}" for kind in ("written", "read") for i in (1, 
 KINDS = [f"{kind}, {how}" for kind in difficulty.KINDS for how in ("read", "predicted")]
 BOUNDS = [f"max_experts={bound}" for bound in (3, 5, 6, 12)]
 LENGTHS = ["T=8", "T=8, tokens 1 to 4", "T=8, tokens 5 to 8", "T=32"]
+RANKINGS = ("logits", "centred logits", "probability * entropy", "probability * norm")
 LENGTHS += [f"T=32, tokens {tokens}" for tokens in ("1 to 4", "5 to 8", "9 to 32")]
 
 
@@ -143,11 +131,30 @@ def to(base, *names):
 
 
 ROWS = {  # row -> what it is compared to
-    "sparsity": {f"{r}, k={k}": f"topk, k={k}" for k in (8, 4, 2) for r in ("topk", "seqtopk")},
-    "finetune": {
-        **to("topk, k=2, then topk", "topk, k=2, then topk", "topk, k=2, then online_seqtopk"),
-        **to("topk, k=2, 2 more of topk", *(f"topk, k=2, 2 more of {r}" for r in ("topk", "seqtopk"))),
-        **to("topk, k=2, 2 more of topk", "topk, k=2, 2 more of online_seqtopk"),
+    "sparsity": {
+        **{
+            f"{router}, k={k}{how}": f"topk, k={k}{how}"
+            for k in (2, 1)
+            for how in ("", lab.UNTUNED)
+            for router in ("topk", "seqtopk", "online_seqtopk", "batchtopk", "softmax_threshold")
+            if (k > 1 or ("seq" not in router and "batch" not in router)) and not (how and "online" in router)
+        },
+        **to("topk, k=2", "topk, k=2, again", "topk, k=2, other data"),
+    },
+    "scores": {
+        f"{arm}{how}": f"topk, k=2{how}"
+        for arm in ("topk, k=2", "seqtopk, k=2", *(f"seqtopk, k=2, by {ranking}" for ranking in RANKINGS))
+        for how in ("", lab.UNTUNED)
+    },
+    "oracle": {
+        f"{name}, k=2{how}": f"topk, k=2{how}"
+        for name in ("topk", "seqtopk", "online_seqtopk", "high loss", "low loss", "high entropy", "random")
+        for how in ("", lab.UNTUNED)
+    },
+    "layers": {
+        f"{name}, k=2{how}": f"topk, k=2{how}"
+        for name in ("topk", "seqtopk", "a budget for each layer", "one for all layers")
+        for how in ("", lab.UNTUNED)
     },
     "online": to("topk, k=2", "topk, k=2", *BOTH) | to(BOTH[0], "seqtopk, the last tenth online, k=2"),
     "bounds": {
@@ -173,8 +180,7 @@ ROWS = {  # row -> what it is compared to
         for beside in ("", ", shared_hidden=8")
         for router in ("topk", "seqtopk")
     },
-    "gap": to(f"{BOTH[0]}, n0=0", *(f"{BOTH[0]}, n0={n}" for n in (0, 1, 64)))
-    | to(f"{BOTH[0]}, 2 more of seqtopk", *(f"{BOTH[0]}, 2 more of {arm[:-5]}" for arm in BOTH)),
+    "gap": to(f"{BOTH[0]}, n0=0", *(f"{BOTH[0]}, n0={n}" for n in (0, 1, 64))),
     "discount": to(BOTH[0], BOTH[0], *(f"{BOTH[0]}, {bound}" for bound in BOUNDS), "seqtopk_discount, k=2"),
     "prune": {
         f"{router}, k={k}{rest}": f"{router}, k={k}"
@@ -187,7 +193,7 @@ ROWS = {  # row -> what it is compared to
 
 @pytest.mark.parametrize("question", ROWS)
 def test_a_question_has_the_rows_it_promises(ask, question):
-    """Each row is a mean over both seeds, differences are to its base, and every column is explained."""
+    """Each row is a mean over both branches, differences are to its base, and every column is explained."""
     rows = ask(question)
     assert sorted(rows) == sorted(ROWS[question])
     text = importlib.import_module(f"experiments.{question}").__doc__
@@ -199,15 +205,16 @@ def test_a_question_has_the_rows_it_promises(ask, question):
         else:
             gain = row["nats"][0] - rows[base]["nats"][0]
             assert row["nats, to base"][0] == pytest.approx(gain, abs=1e-6)
-        unknown = set(row) - {"what", "curves", *lab.COLUMNS}
+        unknown = set(row) - {"what", "curves", *lab.COLUMNS, *lab.VERDICTS.values()}
         assert all(key in text or key.split()[0] in text for key in unknown), unknown
 
 
 def test_the_questions_agree_on_the_same_runs(ask):
     """A run's loss is what train.py logged, whichever question looks at it."""
-    trained = {router: ask("online")[f"{router}, k=2"] for router in ("topk", "seqtopk", "online_seqtopk")}
+    arms = lab.router_arms(ask.lab, ["topk", "seqtopk", "online_seqtopk"], 2)
+    trained = {arm.settings["router"]: ask("online")[arm.name] for arm in arms}
     for router, question, name in (
-        ("topk", "finetune", "topk, k=2, then topk"),
+        ("topk", "sparsity", "topk, k=2"),
         ("topk", "prune", "topk, k=2"),
         ("seqtopk", "prune", "seqtopk, k=2"),
         ("seqtopk", "bounds", "seqtopk, k=2, decoded with strict=true"),
@@ -219,8 +226,10 @@ def test_the_questions_agree_on_the_same_runs(ask):
         row = ask(question)[name]
         for key in ("nats", "experts per token"):
             assert row[key] == pytest.approx(trained[router][key], rel=1e-4), (question, name, key)
-        logged = [curve["nats"][-1] for curve in trained[router]["curves"]]
-        assert row["nats"][0] == pytest.approx(mean(logged), rel=1e-4)
+    for arm in arms:
+        logs = (lab.run_folder(ask.lab.config, arm, start) / "log.jsonl" for start in ask.lab.starts)
+        logged = [json.loads(log.read_text().splitlines()[-1])["causal"]["loss"] for log in logs]
+        assert trained[arm.settings["router"]]["nats"][0] == pytest.approx(mean(logged), rel=1e-4)
     assert ask("gap")["seqtopk, k=2, n0=0"]["gap"] == pytest.approx(trained["seqtopk"]["leak"], abs=1e-5)
     one = ask("batches")["seqtopk, k=2, 1 sequences"]["nats"]
     assert one == pytest.approx(trained["seqtopk"]["as trained"], rel=1e-5)
@@ -285,7 +294,7 @@ def test_difficulty_counts_the_tokens_of_each_kind(ask):
     assert not any(mask.any() for mask in none.values())
     row = ask("difficulty")["seqtopk, k=2, all tokens"]
     assert -1 <= row["rho loss"][0] <= 1 and -1 <= row["rho entropy"][0] <= 1
-    assert len(row["curves"]) == 2 and len(row["curves"][0]["experts"]) == 20
+    assert [curve["branch"] for curve in row["curves"]] == [1, 2] and len(row["curves"][0]["experts"]) == 20
 
 
 def test_questions_after_the_first_problem_are_questions(ask):
@@ -437,7 +446,7 @@ def test_the_rows_of_gap_are_losses_under_the_usual_prior(ask, gap):
     for layer, seen in zip(run.model.expert_layers(), routing, strict=True):
         layer.state.prior = gap.prior(seen.scores, 2, 64)
     found = run.evaluate(run.decode)["loss"]
-    (one,) = (r for r in gap.answer(changed(ask.lab, seeds=1)) if r["what"] == "seqtopk, k=2, n0=64")
+    (one,) = (r for r in gap.answer(changed(ask.lab, branches=1)) if r["what"] == "seqtopk, k=2, n0=64")
     assert one["nats"][0] == pytest.approx(found, rel=1e-6)
     assert one["nats"][0] != rows["seqtopk, k=2, n0=0"]["nats"][0]
 
@@ -475,6 +484,98 @@ def test_more_experts_per_token_than_are_kept_is_one_line(ask):
         prune.without_least_used(opened(ask, "topk", k=10), ask.lab.config.seed)
 
 
+# -------- sparsity, scores, oracle and layers
+
+
+def test_interpolated_by_hand(sparsity):
+    """Linear in log K between its neighbours, and on beyond the ends."""
+    losses = {1: 5.0, 2: 4.0, 4: 3.5, 8: 3.0}
+    for k, want in ((1, 5), (2, 4), (2**1.5, 3.75), (4, 3.5), (8, 3), (16, 2.5), (0.5, 6)):
+        assert sparsity.interpolated(losses, k) == pytest.approx(want)
+
+
+def test_equal_spending_is_the_difference_to_topk_of_as_many_experts(ask, sparsity):
+    """Of the start's own curve; TopK has none."""
+    one = Start(1, 1)
+    found = {
+        f"{router}, k={k}{how}": lab.Compared("", {one: {"nats": nats + len(how), "experts per token": k}})
+        for router, k, nats in (("topk", 2, 4.0), ("topk", 8, 3.0), ("other", 4, 3.4))
+        for how in ("", lab.UNTUNED)
+    }
+    sparsity.add_equal_spending(found)
+    for how in ("", lab.UNTUNED):
+        assert found[f"other, k=4{how}"].runs[one][lab.EQUAL] == pytest.approx(-0.1)
+    assert lab.EQUAL not in found["topk, k=2"].runs[one]
+    row = ask("sparsity")["seqtopk, k=2"]
+    assert row["experts per token"][0] < 2 and row[lab.EQUAL][0] != row["nats, to base"][0]
+    assert lab.EQUAL not in ask("sparsity")["topk, k=2"]
+
+
+def test_cutoffs_that_are_set_give_usual_text_k_experts(ask, sparsity):
+    run = opened(ask, "topk", router=sparsity.THRESHOLD)
+    assert run.losses()["experts per token"] == 0  # before
+    sparsity.set_cutoffs(run, 0)
+    (usual, _) = run.usual_routing("topk", 0)
+    layer = run.model.expert_layers()[0]
+    taken = ROUTERS[sparsity.THRESHOLD].select(usual.scores, 2, state=layer.router_state())
+    assert all(40 <= pairs <= 42 for pairs in taken.sum((0, 1)).tolist())  # 256 * 2 / 12, less ties
+
+
+def test_selecting_by_probabilities_changes_nothing_and_by_others_no_weight(ask, scores):
+    """A rewired layer selects by its ranking alone, also from a cache; logits are the order of sigmoids."""
+    run, x = opened(ask, "seqtopk"), opened(ask, "seqtopk").batches[0][0]
+    plain = run.model(x)
+
+    def rewired(ranking):
+        model = opened(ask, "seqtopk").model
+        scores.select_by(ranking)(model)
+        cache = model.new_cache(len(x), 32)
+        parts = torch.cat([model(part, cache=cache)[0] for part in x.split([7, 1, 24], 1)], 1)
+        torch.testing.assert_close(parts, model(x, router="online_seqtopk")[0])
+        return model(x)
+
+    assert torch.equal(rewired(lambda logits, x: logits.softmax(-1))[0], plain[0])
+    by_logits = rewired(scores.RANKINGS["logits"])
+    assert torch.equal(by_logits[0], rewired(lambda logits, x: logits.sigmoid())[0])
+    assert not torch.equal(by_logits[0], plain[0])
+    assert torch.equal(by_logits[2].routing[0].scores, plain[2].routing[0].scores)  # of the first layer
+
+
+@pytest.mark.parametrize("order", ["high loss", "low loss", "high entropy", "random"])
+def test_an_oracle_gives_thirds_of_a_sequence_one_two_and_three_experts(ask, oracle, order):
+    """By the losses under TopK; a second reading follows it, and leaves nothing behind."""
+    run = opened(ask, "topk", router="allotted")
+    x, y = run.batches[0]
+    logits, _, _ = run.model(x)
+    loss, entropy = lab.loss_and_entropy(logits, y)
+    oracle.read_twice(oracle.by_thirds(oracle.ORDERS[order]))(run.model)
+    _, found, stats = run.model(x, y)
+    n_taken = stats.n_taken[0]
+    assert torch.equal(n_taken, stats.n_taken[1])
+    assert [(n_taken == n).sum(1).tolist() for n in (1, 2, 3)] == [[11] * 4, [11] * 4, [10] * 4]
+    if order != "random":
+        by = {"high loss": loss, "low loss": -loss, "high entropy": entropy}[order]
+        assert by[n_taken == 1].sum() < by[n_taken == 2].sum() < by[n_taken == 3].sum()
+        assert by[0][n_taken[0] == 1].max() <= by[0][n_taken[0] == 3].min()
+    assert torch.equal(found, run.model(x, y)[1])  # also the random one: a function of the text
+    assert all(layer.state.n_taken.numel() == 0 for layer in run.model.expert_layers())
+
+
+def test_layers_share_what_their_sequence_has(ask, layers, monkeypatch):
+    """With a budget for each layer all spend T*K; with one for all only the sum is that of all layers."""
+    allots = {}
+    monkeypatch.setattr(layers, "read_twice", lambda allot: allots.setdefault(allot.__name__, allot))
+    monkeypatch.setattr(layers, "compare", lambda lab, arms: [])
+    layers.answer(ask.lab)
+    run = opened(ask, "topk")
+    x, y = run.batches[0]
+    logits, _, stats = run.model(x)
+    each, shared = (torch.stack(allots[name](x, y, logits, stats)) for name in ("each_layer", "all_layers"))
+    assert each.shape == shared.shape == (2, 4, 32) and (each.sum(2) == 64).all()
+    assert (shared.sum((0, 2)) == 128).all() and not (shared.sum(2) == 64).all()
+    assert torch.equal(each[1], ROUTERS["seqtopk"].select(stats.routing[1].scores, 2).sum(-1))
+
+
 # -------- judging
 
 
@@ -486,7 +587,7 @@ def test_by_token_is_the_loss_token_by_token(ask):
         found = run.evaluate(router)
         assert loss.mean().item() == pytest.approx(found["loss"], rel=1e-5)
         assert experts.float().mean().item() == pytest.approx(found["experts"][0], rel=1e-5)
-    assert loss.shape == entropy.shape == experts.shape[:2] == (40, 32) and experts.shape[2] == 2
+    assert loss.shape == entropy.shape == experts.shape[:2] == (16, 32) and experts.shape[2] == 2
     x, y = run.batches[1]
     logits, _, stats = run.model(x, router="online_seqtopk")
     share = logits.softmax(-1).double()
@@ -518,27 +619,62 @@ def test_a_run_opens_changed(ask):
     assert not run.model.training
     for a, b in zip(run.model.parameters(), loose.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert torch.cat([x for x, _ in run.batches]).shape == (40, 32)
+    assert torch.cat([x for x, _ in run.batches]).shape == (16, 32)
     short = opened(ask, "seqtopk", block_size=8)
     assert short.model.config.block_size == 8 and short.batches[0][0].shape == (4, 8)
+
+
+def starts(*figures, key="nats"):
+    return {Start(1, branch): {key: value} for branch, value in enumerate(figures)}
 
 
 def test_means_have_the_error_of_the_mean():
     assert lab.mean_and_error([1.0, 2.0, 3.0]) == pytest.approx([2.0, 1 / 3**0.5])
     assert lab.mean_and_error([4.0]) == [4.0, None]
-    runs = {1: {"nats": 2.0}, 2: {"nats": 4.0}, 3: {"nats": 9.0}}
-    row = lab.mean_row("x", runs, {1: {"nats": 1.0}, 2: {"nats": 2.0}})
-    assert row["nats"][0] == 5 and row["nats, to base"] == [1.5, 0.5]  # the pairs of seeds 1 and 2 only
+    row = lab.mean_row("x", starts(2.0, 4.0, 9.0), starts(1.0, 2.0))
+    assert row["nats"][0] == 5 and row["nats, to base"] == [1.5, 0.5]  # the first two pairs only
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "verdict"),
+    [
+        ("nats", [-1.0, -1.1, -0.9, -1.0, -1.2], "better"),
+        ("nats", [1.0, 1.1, 0.9, 1.0, 1.2], "worse"),
+        ("exact match", [1.0, 1.1, 0.9, 1.0, 1.2], "better"),
+        ("nats", [1.0, 1.1, 0.9, 1.0], "not told apart"),  # four runs
+        ("nats", [3.0, -1.0, 4.0, 1.0, 2.0], "not told apart"),  # 1.8 +- 0.86
+        ("nats", [0.0] * 5, "not told apart"),
+    ],
+)
+def test_a_verdict_asks_for_five_runs_and_three_errors(key, values, verdict):
+    row = lab.mean_row("x", starts(*values, key=key), starts(*[0.0] * 5, key=key))
+    assert row[lab.VERDICTS[f"{key}, to base"]] == verdict
+    assert ("1 have" in lab.comparisons([row])) == (len(values) == 5)
+
+
+@pytest.mark.parametrize(("runs", "share"), [(2, 0.2048), (3, 0.0955), (6, 0.0301), (1001, 0.0028)])
+def test_chance_is_students(runs, share):
+    """Two-sided, beyond 3, of a table."""
+    assert lab.chance(runs) == pytest.approx(share, abs=1e-4)
+
+
+def test_the_difference_for_each_trunk_is_kept():
+    runs = {Start(s, b): {"nats": float(s * b)} for s in (1, 2) for b in (1, 2)}
+    here = Lab.of(OptionsWithK(device="cpu"))
+    found = {"a": lab.Compared("a", {start: {"nats": 1.0} for start in runs}), "b": lab.Compared("a", runs)}
+    lab.rows_of(here, found)
+    assert here.by_trunk == {"b": {1: 0.5, 2: 2.0}}
 
 
 def test_runs_of_other_data_are_refused(own):
     """A dataset that was prepared anew since a run was trained is one line that says what to do."""
-    (here, folder), arms = own, lab.router_arms(["topk"], 2)
+    here, folder = own
+    arms = lab.router_arms(here, ["topk"], 2)
     assert len(lab.compare(here, arms)) == 1
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"source_sha256": "1" * 64}))
     with pytest.raises(ValueError, match=r"other than when .* was trained.*delete .*runs"):
-        lab.compare(here, arms)
+        lab.open_run(here, arms[0], FIRST)
 
 
 def test_figures_have_the_exact_match(ask, own, monkeypatch):
@@ -551,16 +687,22 @@ def test_figures_have_the_exact_match(ask, own, monkeypatch):
     monkeypatch.setattr(
         solve, "answer_prompts", lambda model, tokenizer, prompts, *rest: [answers[p] for p in prompts]
     )
-    (found,) = lab.compare(here, lab.router_arms(["topk"], 2))
-    assert found["exact match"] == [0.75, None]
+    arms = lab.router_arms(here, ["topk"], 2)
+    assert lab.compare(here, arms)[0]["exact match"] == [0.75, None]
+    halves = lab.gather(changed(here, branches=2), lab.untuned(arms), lab.all_figures)[
+        f"topk, k=2{lab.UNTUNED}"
+    ]
+    parts = [figures["exact match"] for figures in halves.runs.values()]
+    assert parts == [0.5, 1.0]  # of problems 0 and 1, and of 2 and 3: each half has both levels
     assert "exact match" not in ask("online")["topk, k=2"]
 
 
 def test_a_dense_model_stands_beside_routers(ask):
     """It has losses, and nothing to say of experts."""
-    arms = lab.router_arms(["topk"], 2)
-    arms.append(Arm("dense", routers.recipe(ask.lab.shared, "dense", 2), "topk, k=2"))
-    topk, dense = lab.compare(ask.lab, arms)
+    here = changed(ask.lab, from_scratch=True, seeds=2)
+    arms = lab.router_arms(here, ["topk"], 2)
+    arms.append(Arm("dense", routers.recipe(here.shared, "dense", 2), "topk, k=2"))
+    topk, dense = lab.compare(here, arms)
     assert "experts per token" in topk and "experts per token" not in dense
     assert len(dense["nats, to base"]) == 2 and len(results.lines_of([topk, dense])) == 3
 
@@ -572,9 +714,10 @@ def test_a_dense_model_stands_beside_routers(ask):
 @pytest.mark.parametrize("router", [*ROUTERS, "loss_free", "dense"])
 def test_the_recipe_of_each_router_is_accepted(router, quick):
     """train.py takes the settings with which a router is compared, and they are what its row needs."""
-    here = Lab.of(OptionsWithK(quick=quick, device="cpu"))
+    here = Lab.of(routers.RouterOptions(quick=quick, device="cpu"))
     arm = Arm(router, routers.recipe(here.shared, router, 2), router)
-    argv = lab.command_line(arm, lab.run_settings(here.config, arm, 1))[2:]
+    settings = lab.run_settings(here.config, arm, Start(1, 0))
+    argv = [f"--{key}={str(value).lower()}" for key, value in settings.items()]
     config = train.TrainConfig(**parse(argv, train.TrainConfig)[0])
     assert config.router == {"loss_free": "topk", "dense": "topk"}.get(router, router)
     width = config.k * (config.dense_hidden or config.n_hidden)
@@ -584,70 +727,85 @@ def test_the_recipe_of_each_router_is_accepted(router, quick):
     assert (config.balance_coef == 0) == (config.z_coef == 0) == alone
     assert (config.entropy_coef, config.mass) == ((1e-4, 0.1) if router == "top_p" else (0, 0.4))
     assert (config.bias_rate > 0) == (router == "loss_free")
-    assert config.max_iters == here.shared["max_iters"] // (4 if quick else 1)
+    assert config.max_iters == here.shared["max_iters"] // (lab.QUICK if quick else 1)
 
 
 def test_a_run_has_a_folder_of_its_settings(tmp_path):
     """Other settings, another seed and --quick have another folder; their order makes none."""
     options, one = OptionsWithK(), Arm("a", {"router": "seqtopk", "k": 2}, "a")
-    folder = lab.run_folder(options, one, 1)
-    other = Arm("another name", {"k": 2, "router": "seqtopk"}, "b")
-    assert lab.run_folder(options, other, 1) == folder
-    more = one.vary(max_experts=3)
+    other, more = Arm("another name", {"k": 2, "router": "seqtopk"}, "b"), one.vary(max_experts=3)
     assert (more.base, more.name) == ("a", "a, max_experts=3") and "max_experts" not in one.settings
-    config = tmp_path / "compare.py"  # the same name, another setting
-    config.write_text("from config.compare import *\nlearning_rate = 1e-3\n")
-    folders = {folder, lab.run_folder(options, one, 2), lab.run_folder(OptionsWithK(quick=True), one, 1)}
-    folders |= {lab.run_folder(options, more, 1), lab.run_folder(OptionsWithK(config=str(config)), one, 1)}
-    folders |= {lab.run_folder(options, replace(one, after=after), 1) for after in (more, other)}
-    assert len(folders) == 7
+    config = tmp_path / "trunk.py"  # the same name, another setting
+    config.write_text("from config.trunk import *\nlearning_rate = 1e-3\n")
+    branch = replace(one, after=other)
+    arms = [one, more, branch, replace(one, after=more), replace(branch, other_data=7)]
+    arms += [replace(branch, rewire=print), replace(branch, rewire=print, name="c")]
+    folders = {lab.run_folder(options, arm, Start(1, 1)) for arm in arms}
+    folders |= {lab.run_folder(options, one, Start(2, 1)), lab.run_folder(options, branch, Start(1, 2))}
+    folders |= {lab.run_folder(replace(options, quick=True), one, Start(1, 1))}
+    folders |= {lab.run_folder(replace(options, config=str(config)), one, Start(1, 1))}
+    assert len(folders) == 11
+    alike = [
+        lab.run_folder(options, arm, start) for arm in (one, other) for start in (Start(1, 1), Start(1, 2))
+    ]
+    alike.append(lab.run_folder(options, replace(branch, tuned=False), Start(1, 1)))
+    assert set(alike) == {lab.run_folder(options, one, Start(1, 1))} <= folders
 
 
-def test_an_arm_after_another_goes_on_with_its_weights_and_other_batches(ask):
-    """It starts from the last checkpoint of the same seed, and its seed for the data is another."""
-    (base,) = lab.router_arms(["topk"], 2)
-    (after,) = lab.router_arms(["seqtopk"], 2, max_iters=2, learning_rate=1e-30)  # so the weights stay
-    after, here = replace(after, after=base), changed(ask.lab, seeds=1)
-    ((_, seed, folder),) = lab.trained(here, [after])
-    said, start = (
-        lab.run_settings(here.config, after, seed),
-        lab.run_folder(here.config, base, seed) / "last.pt",
-    )
-    assert said["init_from"] == start
-    assert said["seed"] == seed + lab.OTHER_BATCHES != lab.run_settings(here.config, base, seed)["seed"]
-    start, end = load_checkpoint(start), load_checkpoint(folder / "last.pt")
-    assert end["train_config"]["seed"] == seed + lab.OTHER_BATCHES and end["config"]["router"] == "seqtopk"
+def test_a_branch_goes_on_with_its_trunks_weights_and_other_batches(ask):
+    """From the last checkpoint of the same seed; the divisor of its weights stays that of the trunk."""
+    (arm,) = lab.router_arms(ask.lab, ["seqtopk"], 2, learning_rate=1e-30)  # so the weights stay
+    assert lab.train_run(ask.lab, arm, Start(1337, 2))
+    said = lab.run_settings(ask.lab.config, arm, Start(1337, 2))
+    start = lab.run_folder(ask.lab.config, ask.lab.trunk, FIRST) / "last.pt"
+    assert said["init_from"] == start and said["seed"] == 1337 + 2 * lab.OTHER_DATA
+    end = load_checkpoint(lab.run_folder(ask.lab.config, arm, Start(1337, 2)) / "last.pt")
+    start = load_checkpoint(start)
+    assert (end["config"]["router"], end["config"]["k"], end["config"]["norm_best"]) == ("seqtopk", 2, 4)
+    assert start["train_config"]["seed"] == 1337 and end["train_config"]["seed"] == said["seed"]
     assert end["step"] == 2 and all(torch.equal(start["model"][n], end["model"][n]) for n in start["model"])
 
 
-def test_tuning_is_as_long_as_its_name_says(ask, monkeypatch):
-    """--quick has a quarter of the iterations, in the name as in the settings."""
-    monkeypatch.setitem(lab.TUNING, "max_iters", 8)
-    (first,) = lab.router_arms(["topk"], 2)
-    for quick, iterations in ((False, 8), (True, 2)):
-        here = changed(ask.lab, quick=quick)
-        arm = lab.tuned_arms(here, first, ["topk", "seqtopk"])[1]
-        assert arm.name == f"topk, k=2, {iterations} more of seqtopk" and arm.after == first
-        assert lab.run_settings(here.config, arm, 1)["max_iters"] == iterations
+def test_an_untuned_arm_is_its_trunk_judged_by_parts_of_the_text(ask):
+    """Nothing is trained; the parts are all of the text, and the settings of routing are the arm's."""
+    (arm,) = lab.untuned(lab.router_arms(ask.lab, ["seqtopk"], 2, first_iters=1))
+    assert arm.name == arm.base == "seqtopk, k=2, untuned"
+    runs = [lab.open_run(ask.lab, arm, start) for start in ask.lab.starts]
+    assert sorted(len(run.batches) for run in runs) == [2, 2] and runs[0].model.config.router == "seqtopk"
+    whole = opened(ask, "topk").batches
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(runs[0].batches, whole[::2], strict=True))
+    assert not lab.untuned([replace(arm, after=None)])
 
 
-def test_trained_leaves_out_failures(ask, capsys):
-    """A run that fails, or whose first part does, is named and left out; the others go on, seed by seed."""
-    (good,) = lab.router_arms(["topk"], 2)
+@pytest.mark.parametrize(
+    ("options", "said", "starts"),
+    [
+        ({}, "3 branches of 100 iterations after each of 2 trunks", 6),
+        ({"quick": True}, "2 branches of 10 iterations after each of 1 trunks", 2),
+        ({"from_scratch": True}, "3 runs of each arm from scratch", 3),
+        ({"from_scratch": True, "quick": True, "seeds": 4}, "4 runs of each arm from scratch", 4),
+    ],
+)
+def test_a_design_is_as_its_name_says(monkeypatch, options, said, starts):
+    monkeypatch.setattr(lab, "TUNING", TUNING)
+    here = Lab.of(BranchOptions(device="cpu", **options))
+    assert here.design == f"{said}, config/trunk.py" and len(set(here.starts)) == starts
+    (arm,) = lab.router_arms(here, ["topk"], 2)
+    iterations = lab.run_settings(here.config, arm, here.starts[0])["max_iters"]
+    assert iterations == {6: 100, 2: 10, 3: 2500, 4: 250}[starts]
+
+
+def test_failures_are_left_out(ask, capsys):
+    """A run that fails, or whose trunk does, is named and left out; the others go on."""
+    (good,) = lab.router_arms(ask.lab, ["topk"], 2)
     bad = Arm("bad", {"router": "topk", "k": 99}, "bad")
-    after = replace(lab.router_arms(["seqtopk"], 2)[0], name="after bad", after=bad)
-    here = changed(ask.lab, seeds=2)
-    found = [(arm.name, seed) for arm, seed, _ in lab.trained(here, [bad, good, after])]
-    assert found == [("topk, k=2", 1337), ("topk, k=2", 1338)]
+    after, here = replace(good, name="after bad", after=bad), changed(ask.lab)
+    found = lab.gather(here, [bad, good, after], lab.all_figures)
+    assert list(found) == ["topk, k=2"] and list(found["topk, k=2"].runs) == here.starts
     out = "".join(capsys.readouterr())
-    assert "bad, seed 1337 failed: error: k is 99" in out and "missing: bad, seed 1338" in out
-    assert here.missing == [
-        "bad, seed 1337",
-        "after bad, seed 1337",
-        "bad, seed 1338",
-        "after bad, seed 1338",
-    ]
-    assert not (lab.run_folder(here.config, bad, 1337) / "finished").exists()
+    assert "bad, seed 1337, branch 1 failed: k is 99" in out and "missing: bad, seed 1337, branch 2" in out
+    assert here.missing == [f"{name}, seed 1337, branch {b}" for b in (1, 2) for name in ("bad", "after bad")]
+    assert not (lab.run_folder(here.config, bad, FIRST) / "finished").exists()
 
 
 def test_the_budget_is_of_the_question_and_in_minutes(ask, monkeypatch):
@@ -658,16 +816,16 @@ def test_the_budget_is_of_the_question_and_in_minutes(ask, monkeypatch):
     here, never = changed(ask.lab, budget=2.0), Arm("never", {"router": "topk", "learning_rate": 0.5}, "")
     assert here.deadline == 120.0
     now[0] = 121.0
-    assert here.deadline == 120.0 and list(lab.trained(here, [never])) == []
-    assert here.missing == ["never, seed 1337", "never, seed 1338"]
+    assert here.deadline == 120.0 and lab.gather(here, [never], lab.all_figures) == {}
+    assert here.missing == ["never, seed 1337, branch 1", "never, seed 1337, branch 2"]
 
 
-def fresh_run(ask, monkeypatch, folder, wait_for):
-    """What train_run says of a run that is not there yet, whose training is wait_for; and its folder."""
+def fresh_run(ask, monkeypatch, folder, train_here):
+    """What train_run says of a run that is not there yet, which train_here trains; and its folder."""
     monkeypatch.setattr(lab, "RUNS", folder)
-    monkeypatch.setattr(lab, "wait_for", wait_for)
-    (arm,) = lab.router_arms(["topk"], 2)
-    return lab.train_run(ask.lab, arm, 1), lab.run_folder(ask.lab.config, arm, 1)
+    monkeypatch.setattr(lab, "train_here", train_here)
+    arm = ask.lab.trunk
+    return lab.train_run(ask.lab, arm, FIRST), lab.run_folder(ask.lab.config, arm, FIRST)
 
 
 def is_locked(path):
@@ -680,96 +838,93 @@ def is_locked(path):
 
 
 def test_nobody_else_trains_in_the_folder_of_a_run(ask, monkeypatch, tmp_path):
-    """While a run is trained its folder is locked."""
+    """While a run is trained its folder is locked; then it holds its end, without the optimisers."""
 
-    def locked(command, output):
-        assert is_locked(output.name)
-        return train_here(command, output)
+    def locked(arm, settings, folder):
+        assert is_locked(folder / "train.txt")
+        return TRAIN_HERE(arm, settings, folder)
 
     done, folder = fresh_run(ask, monkeypatch, tmp_path, locked)
     assert done and (folder / "finished").exists() and not (folder / "best.pt").exists()
-    assert not is_locked(folder / "train.txt")
+    assert not is_locked(folder / "train.txt") and "causal validation" in (folder / "train.txt").read_text()
+    assert load_checkpoint(folder / "last.pt")["optimizers"] == []
 
 
-def test_a_training_keeps_its_lock_when_nobody_waits_for_it(tmp_path):
-    """The process that writes to a locked file has the lock too, until it ends."""
-    path = tmp_path / "train.txt"
-    with open(path, "a") as output:
-        lab.lock(output)
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=output)
-    assert is_locked(path)
-    child.communicate(b"\n")
-    assert not is_locked(path)
+def test_work_is_shared_out_among_processes():
+    """What another process does comes later; only when nothing else is left is it waited for."""
+    asked, busy = [], {0: 3, 2: 1}  # job -> how often it is found busy
+
+    def work(number, wait):
+        asked.append((number, wait))
+        if not wait and busy.get(number, 0):
+            busy[number] -= 1
+            raise BlockingIOError
+        return number * 10
+
+    assert list(lab.share_out(4, work)) == [(1, 10), (3, 30), (2, 20), (0, 0)]
+    order = [(0, False), (1, False), (2, False), (3, False), (0, False), (2, False), (0, False), (0, True)]
+    assert asked == order
+
+
+def test_a_run_that_another_process_trains_is_busy(ask, monkeypatch, tmp_path):
+    """Unless it is waited for; and so are its branches."""
+    monkeypatch.setattr(lab, "RUNS", tmp_path)
+    (branch,) = lab.router_arms(ask.lab, ["topk"], 2)
+    with lab.locked(lab.run_folder(ask.lab.config, ask.lab.trunk, FIRST), wait=False):
+        for arm in (ask.lab.trunk, branch):
+            with pytest.raises(BlockingIOError):
+                lab.train_run(ask.lab, arm, FIRST, wait=False)
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_what_another_process_has_finished_meanwhile_is_not_trained(ask, monkeypatch, tmp_path, late):
     """After the wait for a lock a run may be finished, or the deadline over: nothing begins then."""
-    here, (arm,), now = changed(ask.lab, budget=1.0), lab.router_arms(["topk"], 2), [0.0]
+    here, now, locked = changed(ask.lab, budget=1.0), [0.0], lab.locked
     monkeypatch.setattr(lab, "RUNS", tmp_path)
-    monkeypatch.setattr(lab, "wait_for", lambda *args: pytest.fail("a run began"))
+    monkeypatch.setattr(lab, "train_here", lambda *args: pytest.fail("a run began"))
     monkeypatch.setattr(lab.time, "monotonic", lambda: now[0])
-    folder = lab.run_folder(here.config, arm, 1)
 
-    def waited(file):
+    def waited(folder, wait):
         now[0] = 100.0
         if not late:
+            folder.mkdir()
             (folder / "finished").touch()
+        return locked(folder, wait)
 
-    monkeypatch.setattr(lab, "lock", waited)
-    assert lab.train_run(here, arm, 1) == (not late)
+    monkeypatch.setattr(lab, "locked", waited)
+    assert lab.train_run(here, here.trunk, FIRST) == (not late)
 
 
 def test_a_run_whose_end_was_not_saved_is_not_finished(ask, monkeypatch, tmp_path, capsys):
-    """A training that ends well but whose last checkpoint is older, or missing, is named and done again."""
-    assert not fresh_run(ask, monkeypatch, tmp_path / "none", lambda *args: 0)[0]
-
-    def unsaved(command, output):
-        return train_here([*command, "--max_iters=3"], output)
-
-    done, folder = fresh_run(ask, monkeypatch, tmp_path / "old", unsaved)
+    """It is named, and done again."""
+    monkeypatch.setattr(train.Run, "save", lambda *args: False)
+    done, folder = fresh_run(ask, monkeypatch, tmp_path, TRAIN_HERE)
     assert not done and not (folder / "finished").exists()
-    assert capsys.readouterr().out.count("seed 1 failed") == 2
-    assert fresh_run(ask, monkeypatch, tmp_path / "old", train_here)[0]
-    assert load_checkpoint(folder / "last.pt")["step"] == 10
+    assert "its end could not be saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert fresh_run(ask, monkeypatch, tmp_path, TRAIN_HERE)[0]
 
 
 def test_a_start_that_was_cut_short_leaves_no_log(ask, monkeypatch, tmp_path):
     """What a run wrote before its first checkpoint is gone when it begins again."""
-    _, folder = fresh_run(ask, monkeypatch, tmp_path, lambda *args: 1)
+    _, folder = fresh_run(ask, monkeypatch, tmp_path, lambda *args: "cut short")
     (folder / "log.jsonl").write_text('{"kind": "train", "step": 1}\n')
-    assert fresh_run(ask, monkeypatch, tmp_path, train_here) == (True, folder)
+    assert fresh_run(ask, monkeypatch, tmp_path, TRAIN_HERE) == (True, folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert steps.count(1) == 1
 
 
-def test_the_seconds_of_a_command_are_in_its_output(tmp_path):
-    """All of them, whatever its exit code."""
-    path, code = tmp_path / "out.txt", "import time, sys; time.sleep(0.3); sys.exit(3)"
-    with open(path, "a") as output:
-        assert WAIT_FOR([sys.executable, "-c", code], output) == 3
-    (seconds,) = re.findall(lab.SECONDS.format(r"([\d.]+)"), path.read_text())
-    assert 0.3 < float(seconds) < 30
-
-
-def test_ctrl_c_is_handed_on(tmp_path, monkeypatch):
-    """The command gets the signal once, and what it writes then is waited for."""
-    code = "import time\ntry:\n print('go', flush=True); time.sleep(60)\n"
-    code += "except KeyboardInterrupt:\n time.sleep(0.3); print('saved')"
-    path, wait = tmp_path / "out.txt", subprocess.Popen.wait
-
-    def interrupted(process, *args):
-        monkeypatch.setattr(subprocess.Popen, "wait", wait)
-        for _ in range(600):
-            if "go" in path.read_text():
-                raise KeyboardInterrupt
-            time.sleep(0.05)
-
-    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
-    with open(path, "a") as output, pytest.raises(KeyboardInterrupt):
-        WAIT_FOR([sys.executable, "-c", code], output)
-    assert "saved" in path.read_text()
+def test_a_run_that_is_interrupted_goes_on_where_it_stopped(ask, monkeypatch, tmp_path):
+    """Ctrl-C saves it, and stops the question too."""
+    when(monkeypatch, 7, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fresh_run(ask, monkeypatch, tmp_path, TRAIN_HERE)
+    (folder,) = tmp_path.iterdir()
+    assert load_checkpoint(folder / "last.pt")["step"] == 7 and not (folder / "finished").exists()
+    assert fresh_run(ask, monkeypatch, tmp_path, TRAIN_HERE) == (True, folder)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if line["kind"] == "train"] == list(range(1, 11))
 
 
 # -------- from the command line
@@ -796,23 +951,20 @@ def test_routers_are_compared_in_pairs_and_none_is_trained_twice(command, ask, m
     read again, with all that it said of itself."""
     monkeypatch.setattr(lab, "RUNS", tmp_path)
     argv = (routers, routers.RouterOptions, "--routers=topk,seqtopk", "--seeds=2", "--ks=1,2")
-    monkeypatch.setattr(lab, "wait_for", WAIT_FOR)
-    ((alone,), _) = command(*argv[:2], "--routers=topk", "--seeds=1", "--ks=1")  # in a process of its own
-    assert alone["minutes"][0] > 0
-    monkeypatch.setattr(lab, "wait_for", train_here)
     rows, out = command(*argv)
     assert [row["what"] for row in rows] == ["topk, k=1", "seqtopk, k=1", "topk, k=2", "seqtopk, k=2"]
     assert routers.__doc__.strip() in out and f"leak: {lab.COLUMNS['leak']}" in out.splitlines()
+    assert "design: 2 runs of each arm from scratch" in out and "comparisons: 0 have 5" in out
     base, other = rows[2:]
     assert base["runs"] == other["runs"] == 2 and base["leak"] == [0, 0] and "nats, to base" not in base
     for key in ("nats", "bits/byte", "as trained", "load entropy", "load variance"):
         assert base[key][0] > 0 and base[key][1] > 0  # seeds differ
-    assert base["steps/s"][0] > 0 and len(base["steps/s"]) == len(base["dead"]) == 2
-    assert base["bits/byte"][0] < base["nats"][0]
+    assert len(base["dead"]) == 2 and base["bits/byte"][0] < base["nats"][0]
     assert base["experts per token"] == [2, 0] and other["experts per token"][0] <= 2
     assert other["nats, to base"][0] == pytest.approx(other["nats"][0] - base["nats"][0], abs=2e-4)
     assert other["leak"][0] == pytest.approx(other["nats"][0] - other["as trained"][0], abs=2e-4)
-    monkeypatch.setattr(lab, "wait_for", lambda *args: pytest.fail("a run began"))
+    monkeypatch.setattr(lab, "train_here", lambda *args: pytest.fail("a run began"))
+    monkeypatch.setattr(lab, "open_run", lambda *args: pytest.fail("a run was judged"))
     assert command(*argv)[0] == rows
 
 
@@ -822,12 +974,12 @@ def test_without_time_or_with_runs_that_fail_no_results_are_replaced(command, ow
     kept.write_text("mine")
     argv = (routers, routers.RouterOptions, "--routers=topk", f"--config={own[0].config.config}")
     rows, out = command(*argv, "--seeds=2", "--budget=0.0", f"--json={kept}")
-    assert rows == [] and "missing: topk, k=2, seed 1338" in out
+    assert rows == [] and "missing: topk, k=4, seed 1338" in out
     assert kept.read_text() == "mine" and "kept.json is left as it was" in out
     with open(own[0].config.config, "a") as file:
         file.write("learning_rate = 1e9\ngrad_clip = 0.0\nwarmup_iters = 0\n")
     rows, out = command(*argv, "--seeds=1")
-    failed = "topk, k=2, seed 1337 failed: error: the loss became .* at iteration"
+    failed = "topk, k=4, seed 1337 failed: the loss became .* at iteration"
     assert rows == [] and re.search(failed, out)
 
 
@@ -836,10 +988,10 @@ def test_without_time_or_with_runs_that_fail_no_results_are_replaced(command, ow
     [
         (routers, routers.RouterOptions, ["--routers=topk,seqtop"], ["routers", "'seqtop'", "seqtopk"]),
         (routers, routers.RouterOptions, ["--ks=4,x"], ["ks", "'x'", "8,4,2"]),
-        (sparsity, lab.Options, ["--ks=4"], ["unknown key 'ks'"]),
-        (sparsity, lab.Options, ["--k=4"], ["unknown key 'k'"]),
-        (sparsity, lab.Options, ["--seeds=0"], ["seeds", "at least 1"]),
-        (sparsity, lab.Options, ["--config=config/compar.py"], ["config/compar.py", "did you mean"]),
+        (prune, BranchOptions, ["--ks=4"], ["unknown key 'ks'"]),
+        (prune, BranchOptions, ["--k=4"], ["unknown key 'k'"]),
+        (prune, BranchOptions, ["--seeds=0"], ["seeds", "at least 1"]),
+        (prune, BranchOptions, ["--config=config/trunc.py"], ["config/trunc.py", "did you mean"]),
         (batches, OptionsWithK, ["--k=2", "--config=config/small_dense.py"], ["n_expert", "at least 2"]),
         (arithmetic, arithmetic.Options, ["--init_from=nowhere/x"], ["nowhere"]),
     ],
@@ -925,12 +1077,6 @@ def row(what, *curves, **values):
     return {"what": what, "runs": len(curves), **values, "curves": list(curves)}
 
 
-def losses(name, *ends):
-    """A row of routers: the loss goes from 8 to an end for each seed."""
-    curves = ({"seed": seed, "step": [0, 10, 20], "nats": [8, end + 1, end]} for seed, end in enumerate(ends))
-    return row(name, *curves)
-
-
 def test_table_of_a_file_by_hand(tmp_path, capsys):
     """Means with their errors, signed differences, no column without a value, names shown as they are."""
     rows = [
@@ -955,26 +1101,35 @@ def test_table_of_a_file_by_hand(tmp_path, capsys):
 def test_figures_are_the_same_when_made_again(tmp_path):
     """Each has the labels of its rows, and with several files their names; what is missing is a line."""
     pytest.importorskip("matplotlib")
-    names = ["curves.svg", "experts_by_entropy.svg", "gap_by_position.svg"]
+    names = ["loss_by_k.svg", "gain_by_k.svg", "experts_by_entropy.svg", "gap_by_position.svg"]
     lines = list(report.save_figures(tmp_path))
-    assert len(lines) == 3 and all(f"{name} is left out" in line for name, line in zip(names, lines))
-    assert "python experiments/routers.py --json" in lines[0] and not list(tmp_path.iterdir())
+    assert len(lines) == 4 and all(f"{name} is left out" in line for name, line in zip(names, lines))
+    assert "python experiments/sparsity.py --json" in lines[0] and not list(tmp_path.iterdir())
     some = {"entropy": [0.5, 2], "experts": [1.5, 2.5]}
     for stem in ("code", "sums"):
         rows = [row("seqtopk, k=2, all tokens", some, some), {"what": "seqtopk, k=2, words, read"}]
         write_results(tmp_path, stem, difficulty=rows)
     gaps = row("T=8", {"position": [4, 8], "gap": [0.2, 0.1]})
-    online = [losses("topk, k=2", 5, 6), losses("seqtopk, k=2", 4.9, 5.7), losses("batchtopk, k=2", 5)]
-    online[1]["nats, to base"] = [-0.25, 0.1]
-    write_results(tmp_path, "rest", length=[gaps], online=online)
+    by_k = [
+        {"what": f"{router}, k={k}{how}", "nats": [5.0 - k / 10, 0.1]}
+        | ({"nats, to base": [-0.01 * k, None]} if router == "seqtopk" else {})
+        for router in ("topk", "seqtopk")
+        for k in (8, 2)
+        for how in ("", ", untuned", ", again")
+    ]
+    write_results(tmp_path, "rest", length=[gaps], sparsity=by_k)
     lines = list(report.save_figures(tmp_path))
-    assert lines[0] == "curves.svg: online, from rest"
-    assert lines[1] == "experts_by_entropy.svg: difficulty, from code, sums"
+    assert lines[:3:2] == [
+        "loss_by_k.svg: sparsity, from rest",
+        "experts_by_entropy.svg: difficulty, from code, sums",
+    ]
     first = [(tmp_path / name).read_bytes() for name in names]
     assert list(report.save_figures(tmp_path)) == lines
     assert [(tmp_path / name).read_bytes() for name in names] == first
-    curves, entropy, positions = (text.decode() for text in first)
-    assert ">seqtopk -0.250 ± 0.100<" in curves and ">batchtopk<" in curves
+    losses, gains, entropy, positions = (text.decode() for text in first)
+    for panel in (">rest, tuned<", ">rest, untuned<", ">seqtopk<", ">8<"):
+        assert panel in losses and panel in gains
+    assert ">topk<" in losses and ">topk<" not in gains and "again" not in losses
     assert ">code<" in entropy and ">sums<" in entropy and entropy.count(">seqtopk, k=2<") == 2
     assert ">rest<" in positions and ">T=8<" in positions
 
