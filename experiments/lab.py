@@ -68,6 +68,8 @@ COLUMNS = {
     "load variance": "of share * E (0: uniform)",
     "dead": "experts without any token, of all layers",
     "exact match": "share of the test problems that are solved",
+    "ms/iteration": "of training, one of each arm in turn, the median",
+    "minutes": "of training, so many milliseconds an iteration; evaluations are not counted",
     "nats, to base": "the difference to the row that it is compared to, paired by trunk and order of data",
     "exact match, to base": "likewise",
     EQUAL: "the difference to TopK if it spent as many experts per token: its losses, linear in log K",
@@ -420,12 +422,8 @@ def train_run(lab: Lab, arm: Arm, start: Start, wait: bool = True) -> bool:
 def train_here(arm: Arm, settings: dict[str, object], folder: Path) -> str | None:
     """What train.py does, with the arm's rewiring. What went wrong, if anything did."""
     resume = {"init_from": "resume"} if (folder / "last.pt").is_file() else {}
-    settings = settings | {"out_dir": folder} | resume
-    texts = {key: str(v).lower() if isinstance(v, bool | None) else v for key, v in settings.items()}
     try:
-        config, checkpoint = train.read_config([f"--{key}={text}" for key, text in texts.items()])
-        config, dataset = train.open_dataset(config, checkpoint)
-        run = train.set_up(config, dataset, checkpoint)
+        run = set_up(settings | {"out_dir": folder} | resume)
         if arm.rewire:
             arm.rewire(run.model)
         if not train.train(run):
@@ -436,6 +434,14 @@ def train_here(arm: Arm, settings: dict[str, object], folder: Path) -> str | Non
         torch.compiler.reset()  # or what was compiled would count against the next model
     run.optimizers = []  # half of the file, and no run goes on with them
     return None if run.save("last.pt") else "its end could not be saved"
+
+
+def set_up(settings: dict[str, object]) -> train.Run:
+    """The run of train.py with these settings."""
+    texts = {key: str(v).lower() if isinstance(v, bool | None) else v for key, v in settings.items()}
+    config, checkpoint = train.read_config([f"--{key}={text}" for key, text in texts.items()])
+    config, dataset = train.open_dataset(config, checkpoint)
+    return train.set_up(config, dataset, checkpoint)
 
 
 @contextmanager

@@ -132,10 +132,12 @@ AXES = {
     "experts": "experts per token",
     "position": "position (a point: the mean of the tokens since the point before)",
     "gap": "online loss less global loss (nats)",
+    "minutes": "minutes of training (its evaluations not counted)",
     "nats": "causal validation loss (nats per token)",
     "nats, to base": "difference to TopK with the same K (nats)",
 }
 FIGURES = {  # each is drawn from the rows of a question that have a column, by a function
+    "loss_by_minutes.svg": ("minutes", "curves", partial(draw_lines, "minutes", "nats")),
     "loss_by_k.svg": ("sparsity", "nats", partial(draw_by_k, "nats")),
     "gain_by_k.svg": ("sparsity", "nats, to base", partial(draw_by_k, "nats, to base")),
     "experts_by_entropy.svg": ("difficulty", "curves", partial(draw_lines, "entropy", "experts")),

@@ -19,7 +19,7 @@ import torch
 from reference import ref_online_seqtopk, ref_seqtopk
 from runs import interrupt, when
 
-from experiments import arithmetic, batches, difficulty, lab, length, prune, report, routers, solve
+from experiments import arithmetic, batches, difficulty, lab, length, minutes, prune, report, routers, solve
 from experiments.lab import Arm, BranchOptions, Lab, OptionsWithK, Start
 
 import data
@@ -207,6 +207,23 @@ def test_a_question_has_the_rows_it_promises(ask, question):
             assert row["nats, to base"][0] == pytest.approx(gain, abs=1e-6)
         unknown = set(row) - {"what", "curves", *lab.COLUMNS, *lab.VERDICTS.values()}
         assert all(key in text or key.split()[0] in text for key in unknown), unknown
+
+
+def test_minutes_are_those_of_the_iterations(own, monkeypatch):
+    """Each arm's curve ends at its iterations times the time of one; the second dense twin has more."""
+    monkeypatch.setattr(minutes, "TIMED", 4)
+    options = minutes.MinutesOptions(config=own[0].config.config, device="cpu", seeds=1, longer=1.5)
+    rows = {row["what"]: row for row in minutes.answer(Lab.of(options))}
+    iterations = {"topk": 10, "seqtopk": 10, "dense": 10, "dense, 1.5 times the iterations": 15}
+    assert list(rows) == list(iterations)
+    for name, row in rows.items():
+        (curve,) = row["curves"]
+        assert (
+            curve["minutes"][-1]
+            == row["minutes"]
+            == pytest.approx(iterations[name] * row["ms/iteration"] / 60_000)
+        )
+        assert curve["nats"][-1] == pytest.approx(row["nats"][0], abs=0.2)  # of fewer windows
 
 
 def test_the_questions_agree_on_the_same_runs(ask):
@@ -1101,10 +1118,12 @@ def test_table_of_a_file_by_hand(tmp_path, capsys):
 def test_figures_are_the_same_when_made_again(tmp_path):
     """Each has the labels of its rows, and with several files their names; what is missing is a line."""
     pytest.importorskip("matplotlib")
-    names = ["loss_by_k.svg", "gain_by_k.svg", "experts_by_entropy.svg", "gap_by_position.svg"]
+    names = (
+        "loss_by_minutes.svg loss_by_k.svg gain_by_k.svg experts_by_entropy.svg gap_by_position.svg".split()
+    )
     lines = list(report.save_figures(tmp_path))
-    assert len(lines) == 4 and all(f"{name} is left out" in line for name, line in zip(names, lines))
-    assert "python experiments/sparsity.py --json" in lines[0] and not list(tmp_path.iterdir())
+    assert len(lines) == 5 and all(f"{name} is left out" in line for name, line in zip(names, lines))
+    assert "python experiments/sparsity.py --json" in lines[1] and not list(tmp_path.iterdir())
     some = {"entropy": [0.5, 2], "experts": [1.5, 2.5]}
     for stem in ("code", "sums"):
         rows = [row("seqtopk, k=2, all tokens", some, some), {"what": "seqtopk, k=2, words, read"}]
@@ -1117,16 +1136,20 @@ def test_figures_are_the_same_when_made_again(tmp_path):
         for k in (8, 2)
         for how in ("", ", untuned", ", again")
     ]
-    write_results(tmp_path, "rest", length=[gaps], sparsity=by_k)
+    times = row("dense", {"minutes": [0.1, 0.2], "nats": [5.5, 5]})
+    write_results(tmp_path, "rest", length=[gaps], sparsity=by_k, minutes=[times])
     lines = list(report.save_figures(tmp_path))
-    assert lines[:3:2] == [
+    assert lines[:4] == [
+        "loss_by_minutes.svg: minutes, from rest",
         "loss_by_k.svg: sparsity, from rest",
+        "gain_by_k.svg: sparsity, from rest",
         "experts_by_entropy.svg: difficulty, from code, sums",
     ]
     first = [(tmp_path / name).read_bytes() for name in names]
     assert list(report.save_figures(tmp_path)) == lines
     assert [(tmp_path / name).read_bytes() for name in names] == first
-    losses, gains, entropy, positions = (text.decode() for text in first)
+    clock, losses, gains, entropy, positions = (text.decode() for text in first)
+    assert ">dense<" in clock
     for panel in (">rest, tuned<", ">rest, untuned<", ">seqtopk<", ">8<"):
         assert panel in losses and panel in gains
     assert ">topk<" in losses and ">topk<" not in gains and "again" not in losses
