@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from config import bad_input_exits, parse, require
+from config import bad_input_exits, parse, printable, require
 from config.device import pick_device, pick_dtype
 from data import AnyTokenizer, hf_tokenizer, make_tokenizer
 from model import TEMPERATURE, TOP_P, Cache, Chunk, MoEConfig, MoEGPT, load_checkpoint, sample_token
@@ -45,9 +45,6 @@ COLOURS = [
     (203, 16, "#ff5f5f", "black"),
     (160, 231, "#d70000", "white"),
 ]
-
-# Generated ones must not reach the terminal. XML forbids the last two, which are no characters.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
     """Write samples to stdout and, where there are such files, a page of them and a picture of the last."""
     device, _ = pick_device(config.device)
     checkpoint, source = (None, config.init_from) if config.init_from else load_run(config)
-    tokenizer = make_tokenizer(checkpoint.get("tokenizer")) if checkpoint else hf_tokenizer(source)
+    tokenizer = make_tokenizer(checkpoint.get("tokenizer"), source) if checkpoint else hf_tokenizer(source)
     prompt = encode_prompt(config.prompt, tokenizer)
     model = open_model(checkpoint, config, device)
     needed = len(prompt) + config.max_new_tokens
@@ -211,7 +208,7 @@ def write(chunks: Iterable[Chunk], tokenizer: AnyTokenizer, k: int | None, sampl
 def piece(token: int, tokenizer: AnyTokenizer, decoder: codecs.IncrementalDecoder) -> str:
     """The text that a token completes: nothing for end-of-text and for the beginning of a character."""
     text = decoder.decode(b"" if token == tokenizer.eot else tokenizer.decode_bytes([token]))
-    return CONTROL.sub("\ufffd", text)
+    return printable(text)
 
 
 def colour_cuts(k: int) -> list[float]:

@@ -51,7 +51,7 @@ def open_model(machine: results.Machine, run: str, k: int | None = None) -> tupl
         path = Path(name or run)
         path = path / "best.pt" if path.suffix != ".pt" else path
         checkpoint, folder = load_checkpoint(path), path.parent
-        tokenizer = data.make_tokenizer(checkpoint.get("tokenizer"))
+        tokenizer = data.make_tokenizer(checkpoint.get("tokenizer"), path)
         model = MoEGPT.from_checkpoint(checkpoint)
     model = model.to(machine.device).cast(machine.dtype).eval()
     return with_k(model, k) if k else model, tokenizer, folder

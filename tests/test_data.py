@@ -124,7 +124,7 @@ def test_what_tokenizers_refuse(bpe, dataset):
     for size in (256, 65537):
         refused(f"vocab_size is {size}, but must be 257 to 65536", train_bpe, ["a"], size, "x")
     for meta in ({}, {"name": "x", "ranks": 3}, {**bpe.meta, "special": {}}):
-        refused("not the description of a tokenizer", make_tokenizer, meta)
+        refused("the description of a tokenizer: ", make_tokenizer, meta)
     refused("--tokenizer=gtp2 is neither", choose_tokenizer, "gtp2", [TEXT], 300, "x")
     (dataset / "meta.json").write_text("[]")
     refused("holds no tokenizer", choose_tokenizer, str(dataset), [TEXT], 300, "x")
@@ -466,7 +466,7 @@ def test_what_is_no_dataset_is_refused(dataset):
     train.unlink()
     refused("has no train.bin", load, str(dataset))
     meta.write_text("{}")
-    refused("not the meta.json of a dataset", load, str(dataset))
+    refused("meta.json: files is missing, .*; prepare it again", load, str(dataset))
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path, bpe):

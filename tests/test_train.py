@@ -40,7 +40,7 @@ from runs import (
 
 import data
 import train
-from config import parse
+from config import parse, printable
 from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
 from router import ROUTERS, Routing
 from train import TrainConfig
@@ -296,7 +296,7 @@ def test_ends_with_a_sample(printed, dataset):
     tokenizer, generator = data.load(str(dataset)).tokenizer, torch.Generator().manual_seed(1337)
     prompt = torch.tensor([tokenizer.encode("def ")])
     chunks = list(model.generate(prompt, 20, stop=tokenizer.eot, generator=generator))
-    assert text == tokenizer.decode(torch.cat([chunk.tokens for chunk in chunks], 1)[0]) + "\n"
+    assert text == printable(tokenizer.decode(torch.cat([chunk.tokens for chunk in chunks], 1)[0])) + "\n"
 
 
 def test_the_folder_is_named_after_the_config_file(dataset, tmp_path, monkeypatch):
