@@ -15,8 +15,8 @@ once a layer, to count the pairs.
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -723,15 +723,15 @@ class MoEGPT(nn.Module):
         temperature: float = TEMPERATURE,
         top_k: int | None = None,
         top_p: float | None = TOP_P,
-        stop: int | None = None,
+        stop: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         active: Tensor | None = None,
     ) -> Iterator[Chunk]:
         """Continue idx (B, P); yields the prompt, then each of up to max_new_tokens tokens, as it is fed.
 
-        A row ends before the token `stop`, and generation when all rows have ended. active (B, P) bool marks
-        the real tokens of prompts padded on the left to one length. temperature 0 takes the likeliest token;
-        top_k and top_p as in sample_token, which says what ValueErrors it raises.
+        A row ends before the token `stop`, or one of them, and generation when all rows have ended. active
+        (B, P) bool marks the real tokens of prompts padded on the left to one length. temperature 0 takes the
+        likeliest token; top_k and top_p as in sample_token, which says what ValueErrors it raises.
 
         The cache (None: a new one of what is needed, up to block_size) is the window that the model sees.
         When it is full, it is emptied and the newest half of the text is fed again, so that their routing
@@ -755,7 +755,7 @@ class MoEGPT(nn.Module):
         padded: bool,
         draw: Callable[[Tensor], Tensor],
         max_new_tokens: int,
-        stop: int | None,
+        stop: int | Sequence[int] | None,
     ) -> Iterator[Chunk]:
         """`generate` from a prompt text (B, P) that fits. Not all of real (B, P) is True if `padded`."""
         logits, chunk = self._feed(text, real, cache, padded)
@@ -764,7 +764,7 @@ class MoEGPT(nn.Module):
         for _ in range(max_new_tokens):
             token = draw(logits)  # (B, 1)
             if stop is not None:
-                alive = alive & (token != stop)
+                alive = alive & (token != torch.tensor(stop, device=token.device)).all(-1, keepdim=True)
                 n_alive = int(alive.sum())
                 if n_alive == 0:
                     return
@@ -847,17 +847,30 @@ class MoEGPT(nn.Module):
         for files that are missing, damaged or do not fit.
         """
         settings, model_type = hugging_face.read_settings(name_or_path)
+        with door(Path(name_or_path) / "config.json"):
+            config = MoEConfig(**settings)
+        config = replace(config, **changes)
+        check_memory(2 * config.n_matrix_weights, f"{name_or_path}", torch.device(device))
         with torch.device("meta"):
-            model = cls(replace(MoEConfig(**settings), **changes))
+            model = cls(config)
         # gigabytes: only of what can be opened
         folder = hugging_face.hf_folder(name_or_path, "model*.safetensors*")
         paths, outlines = hugging_face.file_tensors(folder)
-        check_shapes(hugging_face.file_views(dict(model.named_parameters()), model_type), outlines, folder)
+        twice = model.config.tie_embeddings and hugging_face.NAMES["head.weight"] in outlines
+
+        def weights() -> dict[str, Tensor]:
+            head = {"head.weight": torch.empty_like(model.embedding.weight)} if twice else {}
+            return dict(model.named_parameters()) | head
+
+        check_shapes(hugging_face.file_views(weights(), model_type, outlines), outlines, folder)
         model.cast(outlines[hugging_face.NAMES["embedding.weight"]].dtype).to_empty(device=device)
         model._tie()
         for layer in model.expert_layers():
             layer.reset_state()
-        hugging_face.copy_tensors(paths, hugging_face.file_views(dict(model.named_parameters()), model_type))
+        filled = weights()
+        hugging_face.copy_tensors(paths, hugging_face.file_views(filled, model_type, outlines))
+        same = not twice or torch.equal(filled["head.weight"], model.embedding.weight)
+        require(same, f"lm_head.weight in {folder}", "another than the embedding", "it, or not tied")
         return model
 
     def save_pretrained(
@@ -994,4 +1007,5 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 def pretrained_config(name_or_path: str | Path) -> MoEConfig:
     """The architecture of a Hugging Face checkpoint, under topk. Errors as in MoEGPT.from_pretrained."""
-    return MoEConfig(**hugging_face.read_settings(name_or_path)[0])
+    with door(Path(name_or_path) / "config.json"):
+        return MoEConfig(**hugging_face.read_settings(name_or_path)[0])

@@ -33,6 +33,7 @@ from torch.distributions import Categorical
 from config import bad_input_exits, parse, printable, require
 from config.device import pick_device, pick_dtype
 from data import AnyTokenizer, hf_tokenizer, make_tokenizer
+from data.source import read_text
 from model import TEMPERATURE, TOP_P, Cache, Chunk, MoEConfig, MoEGPT, load_checkpoint, sample_token
 
 # Background and text (of a terminal's 256 colours, and in SVG) of fewer experts than k, about k, and more.
@@ -162,14 +163,7 @@ def read_prompt(prompt: str) -> str:
     if prompt != "-" and not prompt.startswith("FILE:"):
         return prompt
     path = 0 if prompt == "-" else prompt.removeprefix("FILE:")
-    name = "standard input" if path == 0 else path
-    try:
-        with open(path, "rb", closefd=path != 0) as file:
-            return file.read().decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"the prompt in {name} is not UTF-8 text") from None
-    except OSError as err:
-        raise ValueError(f"the prompt in {name} cannot be read: {err.strerror}") from None
+    return read_text(path, f"the prompt in {path or 'standard input'}")  # as training text was
 
 
 def write_samples(
@@ -178,7 +172,7 @@ def write_samples(
     """Write the samples one after the other, until Ctrl-C. They share the cache and the random numbers."""
     idx = torch.tensor([prompt], device=model.head.weight.device)  # (1, P)
     options = {key: getattr(config, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    options |= {"generator": torch.Generator(idx.device).manual_seed(config.seed), "stop": tokenizer.eot}
+    options |= {"generator": torch.Generator(idx.device).manual_seed(config.seed), "stop": tokenizer.stops}
     samples = []
     with contextlib.suppress(KeyboardInterrupt):
         for number in range(1, config.num_samples + 1):

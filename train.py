@@ -725,7 +725,7 @@ def print_sample(run: Run) -> None:
     prompt = tokenizer.encode(run.dataset.meta.get("prompt", "")) or [tokenizer.eot]
     generator = torch.Generator(run.device).manual_seed(config.seed)
     idx = torch.tensor([prompt], device=run.device)
-    chunks = run.model.generate(idx, config.sample_tokens, stop=tokenizer.eot, generator=generator)
+    chunks = run.model.generate(idx, config.sample_tokens, stop=tokenizer.stops, generator=generator)
     ids = torch.cat([chunk.tokens for chunk in chunks], dim=1)[0].tolist()
     print("\n--- sample\n" + printable(tokenizer.decode(ids[prompt == [tokenizer.eot] :])))
 

@@ -12,7 +12,13 @@ from config import PLAIN, printable, require
 
 INT64 = range(-(2**63), 2**63)
 COUNT = range(2**63)
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "none"}
+WORDS = {
+    int: "a whole number below 2**63",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    NoneType: "none",
+}
 WORDS |= {dict: "a dictionary", list: "a list"}
 
 
@@ -32,7 +38,7 @@ def check(value: object, wanted: object, name: str) -> None:
     if not isinstance(wanted, (dict, list)):
         require(_fits(value, wanted), name, _shown(value), _words(wanted))
         return
-    require(isinstance(value, type(wanted)), name, _shown(value), _words(type(wanted)))
+    require(isinstance(value, type(wanted)), name or "its content", _shown(value), _words(type(wanted)))
     for key, part, kind in _parts(value, wanted, name):
         check(part, kind, f"{name}.{key}" if name else str(key))
 
@@ -57,9 +63,9 @@ def _fits(value: object, wanted: object) -> bool:
     if isinstance(wanted, range):
         return type(value) is int and value in wanted
     kinds = get_args(wanted) or (wanted,)
-    if isinstance(value, int):  # as a bool is in Python
+    if isinstance(value, int) and wanted is not object:  # as a bool is in Python
         alike = (bool,) if isinstance(value, bool) else (int, float)
-        return value in INT64 and any(kind in (*alike, object) for kind in kinds)
+        return value in INT64 and any(kind in alike for kind in kinds)
     return isinstance(value, kinds)
 
 

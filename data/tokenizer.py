@@ -29,7 +29,7 @@ SPLIT = r"[ _]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\n+[ \t]*|[ \t]+|\s+"
 
 
 # Tokenizer.meta, for check.
-DESCRIPTION = {"name": str, "pattern": str, "ranks": [str], "special": {str: COUNT}}
+DESCRIPTION = {"name": str, "pattern": str, "ranks": [str], "special": {str: COUNT, END_OF_TEXT: COUNT}}
 
 
 class Tokenizer:
@@ -52,7 +52,7 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(
             self.name, pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special"]
         )
-        self._ranks, self.vocab_size = ranks, len(ids)
+        self._ranks, self.vocab_size, self.stops = ranks, len(ids), (self.eot,)
         self._known_bytes = frozenset(token[0] for token in ranks if len(token) == 1)
 
     def encode(self, text: str) -> list[int]:
@@ -165,7 +165,7 @@ def choose_tokenizer(choice: str, texts: Sequence[str], vocab_size: int, name: s
         known = "bpe nor gpt2 nor the meta.json of a dataset nor a Hugging Face folder or OWNER/MODEL"
         raise ValueError(f"--tokenizer={choice} is neither {known}")
     with door(path, "give the meta.json of a prepared dataset"):
-        return make_tokenizer(dict(json.loads(path.read_text(encoding="utf-8"))).get("tokenizer"), path)
+        return make_tokenizer(dict(json.loads(path.read_text(encoding="utf-8"))).get("tokenizer"))
 
 
 def _meta(kind: str, name: str, pattern: str, tokens: list[bytes], special: dict[str, int]) -> dict:
