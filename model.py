@@ -849,10 +849,9 @@ class MoEGPT(nn.Module):
         settings, model_type = hugging_face.read_settings(name_or_path)
         with door(Path(name_or_path) / "config.json"):
             config = MoEConfig(**settings)
-        config = replace(config, **changes)
-        check_memory(2 * config.n_matrix_weights, f"{name_or_path}", torch.device(device))
+            check_memory(2 * config.n_matrix_weights, "a model of these sizes", torch.device(device))
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(replace(config, **changes))
         # gigabytes: only of what can be opened
         folder = hugging_face.hf_folder(name_or_path, "model*.safetensors*")
         paths, outlines = hugging_face.file_tensors(folder)

@@ -545,7 +545,7 @@ class Log:
     def _step(line: str) -> float:
         try:
             return float(json.loads(line)["step"])
-        except (ValueError, TypeError, KeyError, OverflowError):  # a crash cut the line short, or a hand
+        except Exception:  # a crash cut the line short, or it is no entry at all
             return math.inf
 
     def write(self, **entry) -> None:

@@ -35,10 +35,11 @@ def check(value: object, wanted: object, name: str) -> None:
         unknown = ", ".join(value.keys() - types.keys())
         require(not unknown, name, f"one with {_shown(unknown)}", "without settings that are not known here")
         wanted = {f"{key}?": kind for key, kind in types.items()}
-    if not isinstance(wanted, (dict, list)):
-        require(_fits(value, wanted), name, _shown(value), _words(wanted))
+    inside = isinstance(wanted, (dict, list))
+    if not _fits(value, kind := type(wanted) if inside else wanted):
+        require(False, name or "its content", _shown(value), _words(kind))
+    if not inside:
         return
-    require(isinstance(value, type(wanted)), name or "its content", _shown(value), _words(type(wanted)))
     for key, part, kind in _parts(value, wanted, name):
         check(part, kind, f"{name}.{key}" if name else str(key))
 

@@ -98,7 +98,7 @@ class HFTokenizer:
 
     def __init__(self, meta: dict):
         tokenizers = optional("tokenizers")
-        check(meta, TOKENIZER_META, "")
+        check(meta, TOKENIZER_META, "tokenizer")
         self.meta, self.name, self.eot = meta, meta["name"], meta["eot"]
         said = json.loads(meta["json"])
         check(said, TOKENIZER, "")
@@ -197,10 +197,11 @@ def end_of_text(folder: Path, added: dict[str, int]) -> list[int]:
         said = read_json(path, CONFIG | TOKENIZER_CONFIG)
         token, ids = said.get("eos_token"), said.get("eos_token_id")
         token = token.get("content") if isinstance(token, dict) else token
-        stops += [added[token]] if token in added else []
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         with door(path):
-            check(ids := [] if ids is None else ids if isinstance(ids, list) else [ids], [ID], "eos_token_id")
-        stops += ids
+            check(token, str | None, "eos_token")
+            check(ids, [ID], "eos_token_id")
+        stops += ([added[token]] if token in added else []) + ids
     return list(dict.fromkeys(stops))
 
 

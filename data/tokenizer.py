@@ -43,7 +43,7 @@ class Tokenizer:
     start: tuple[int, ...] = ()  # ids before every text
 
     def __init__(self, meta: dict):
-        check(meta, DESCRIPTION, "")
+        check(meta, DESCRIPTION, "tokenizer")
         ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(meta["ranks"])}
         self.meta, self.name, self.eot = meta, meta["name"], meta["special"][END_OF_TEXT]
         ids = sorted([*ranks.values(), *meta["special"].values()])
@@ -54,6 +54,9 @@ class Tokenizer:
         )
         self._ranks, self.vocab_size, self.stops = ranks, len(ids), (self.eot,)
         self._known_bytes = frozenset(token[0] for token in ranks if len(token) == 1)
+        self._encoding.encode_ordinary(
+            bytes(sorted(self._known_bytes & {*range(128)})).decode()
+        )  # it may panic
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; "<|endoftext|>" inside it is ordinary text. ValueError names unknown characters."""

@@ -128,7 +128,7 @@ def test_what_tokenizers_refuse(bpe, dataset):
     refused("--tokenizer=gtp2 is neither", choose_tokenizer, "gtp2", [TEXT], 300, "x")
     (dataset / "meta.json").write_text("[]")
     refused(
-        "its content is None, but must be a dictionary; give the meta.json",
+        "tokenizer is None, but must be a dictionary; give the meta.json",
         choose_tokenizer,
         str(dataset),
         [TEXT],
@@ -560,7 +560,8 @@ ANSWERED = {  # what may stand behind "####"
     19: (
         " 19;19<|endoftext|>; 19.; 19\nQuestion: and so on\n#### 20; nineteen #### 19; $19; 19.00; **19**;"
         " **19; `19`; (19); +19; €19; 19 €; $19$; \\$19; 19\\%; 19%; \\boxed{19}; $\\boxed{19}$;"
-        " 19 dollars; 19, or so; 19 (nineteen); 019; x = 19; Answer: 19; The answer is 19; $$19$$; 19 kg; 19\n2 more; 19 boxes"
+        " 19 dollars; 19, or so; 19 (nineteen); 019; x = 19; Answer: 19; The answer is 19; $$19$$;"
+        " 19 kg; 19\n2 more; 19 boxes"
     ),
     -19: " -19; \u221219; -$19; $-19; - 19",
     1234: " 1,234; 1 234; 1\u202f234; 1'234; 1{,}234; $1\\,234$; 1,234.00; 1234.0",

@@ -159,10 +159,11 @@ def test_ends_with_a_summary(say, run, tokenizer):
 
 
 def test_every_way_to_give_a_prompt(say, stdin, tmp_path):
-    """The same text as an argument, FILE: or -, with its newlines, leads to the same sample. Without a prompt
-    the text begins after end-of-text, which is not printed."""
+    """The same text as an argument, FILE: or -, with its newlines, leads to the same sample, also where a
+    file has a byte order mark and other line ends, as training text may. Without a prompt the text begins
+    after end-of-text, which is not printed."""
     path = tmp_path / "prompt.txt"
-    path.write_text(PROMPT + "\n")
+    path.write_bytes(b"\xef\xbb\xbf" + (PROMPT + "\n").replace("\n", "\r\n").encode())
     expected = body(say(f"--prompt={PROMPT}\n"))
     assert expected.startswith(PROMPT + "\n")
     assert body(say(f"--prompt=FILE:{path}")) == expected
@@ -320,7 +321,7 @@ def test_ctrl_c_stops_and_sums_up(say, monkeypatch, tmp_path, after):
     ("argv", "words"),
     [
         ("--prompt=", "prompt is empty"),
-        ("--prompt=FILE:nowhere.txt", "nowhere.txt cannot be read: No such file"),
+        ("--prompt=FILE:nowhere.txt", "nowhere.txt cannot be read (No such file"),
         ("--prompt=FILE:.", "cannot be read"),
         ("--prompt=a\udcff", "surrogate"),
         ("--temperature=-0.1", "temperature is -0.1"),
@@ -346,7 +347,9 @@ def test_bad_input(fails, argv, words):
     assert words in fails(*argv.split())
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"", "prompt is empty"), (b"\xff\xfea", "not UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "prompt is empty"), (b"\xff\xfea", "not UTF-8"), (b"a\0", "zero byte")]
+)
 def test_bad_prompt_file(fails, stdin, tmp_path, content, words):
     """An empty prompt, or one that is not text, is refused wherever it comes from."""
     path = tmp_path / "prompt"

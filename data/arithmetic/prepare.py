@@ -36,8 +36,8 @@ SPLIT = r" ?\p{L}+|\p{N}|\n| ?[^\s\p{L}\p{N}]+|\s"  # a digit is a token; so is 
 TEST_PER_LEVEL = 300
 VAL_FRACTION = 0.02
 # The number of a line "#### ...", as people and models write it: after "=", ":" or "is"; with a currency, in
-# bold or LaTeX; with groups of three digits, decimals, a scale, a unit. What makes another number of it may not
-# follow: "1/2", "7-8", "3:30", "2 or 3", "1e3", "1,9".
+# bold or LaTeX; with groups of three digits, decimals, a scale, a unit. What makes another number of it must
+# not follow: "1/2", "7-8", "3:30", "2 or 3", "1e3", "1,9".
 MARKS = r"(?:[*_`$€£\\{}()\[\] \t\u00a0\u202f]|boxed|text|USD)*"
 BETWEEN = r"(?:[-+/^:*=x\u00d7\u00f7\u2212\u2013]|to|or|and)?"
 FINAL_ANSWER = re.compile(
