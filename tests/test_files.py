@@ -89,11 +89,8 @@ def sweep(files, use, write):
             use()
             opened += 1
         except ValueError as error:
-            named = any(
-                str(word) in str(error)
-                for word in (path.parent, path.name, *place)
-                if isinstance(word, str | Path)
-            )
+            words = [str(path.parent), path.name, *(word for word in place if isinstance(word, str))]
+            named = any(word in str(error) for word in words)
             if not named or "\n" in str(error):
                 wrong.append(f"{path.name} {place} {lie!r}: {error}")
         except Exception as error:
