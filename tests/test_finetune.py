@@ -410,7 +410,7 @@ def test_what_cannot_be_tuned(olmoe, dataset, problems, capsys, tmp_path):
 
 
 @needs_hf
-def test_what_cannot_be_measured(olmoe, capsys, tmp_path):
+def test_what_cannot_be_measured(olmoe, dataset, capsys, tmp_path):
     """A model without a tokenizer, switch without a text, gsm8k without a run: one line each."""
     bare = shutil.copytree(olmoe, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
@@ -418,5 +418,12 @@ def test_what_cannot_be_measured(olmoe, capsys, tmp_path):
         (switch, flags(init_from=bare, text="x"), "tokenizer.json is missing"),
         (switch, flags(init_from=tmp_path), "text is None"),
         (gsm8k, flags(init_from=tmp_path), "no checkpoint at"),
+        (
+            gsm8k,
+            flags(init_from=olmoe, dataset=dataset, problems=999),
+            "problems is 999, but must be at most",
+        ),
+        (gsm8k, flags(init_from=olmoe, dataset=dataset, shots=999), "shots is 999, but must be at most"),
+        (gsm8k, flags(init_from=olmoe, dataset=dataset, shots=9), "tokens of the longest prompt is "),
     ):
         assert words in error_line(capsys, partial(lab.main, question.answer, question.Options), *argv)

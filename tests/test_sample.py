@@ -379,6 +379,13 @@ def test_bad_checkpoint(fails, tmp_path, tokenizer, damage):
     assert ("tokenizer" if damage == "no tokenizer" else "best.pt") in fails(out_dir=path.parent)
 
 
+def test_a_run_is_no_hugging_face_model(fails, tmp_path, tokenizer):
+    """The message says which setting takes it."""
+    run = write_run(tmp_path / "run", "last.pt", tokenizer=tokenizer)
+    for name in (run, run / "last.pt"):
+        assert "give the run's folder as --out_dir" in fails(f"--init_from={name}")
+
+
 @pytest.mark.parametrize(("removed", "words"), [("tokenizer.json", "tokenizer"), ("config.json", "config")])
 def test_bad_pretrained_folder(fails, pretrained, tmp_path, removed, words):
     """A Hugging Face folder that lacks a file is refused by name."""
