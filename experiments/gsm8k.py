@@ -52,7 +52,7 @@ def answer(lab: Lab) -> list[dict]:
     problems = tests[: config.problems]
     before = examples(dataset, config.shots)
     prompts = [before + prompt_of(problem.prompt) for problem in problems]
-    check_lengths([len(tokenizer.encode(prompt)) for prompt in prompts], model.config.block_size)
+    note_lengths([len(tokenizer.encode(prompt)) for prompt in prompts], model.config.block_size)
     router = config.router or ROUTERS[model.config.router].decode
     name = f"gsm8k-{router}-{config.shots}shot-{identity(model, lab.dtype, router, before)}.jsonl"
     answers = read_answers(folder / name)
@@ -70,14 +70,12 @@ def answer(lab: Lab) -> list[dict]:
     return [solve.score(f"{folder}, K={model.config.k}, router {router}, {config.shots} examples", solved)]
 
 
-def check_lengths(lengths: list[int], block_size: int) -> None:
-    """Raise ValueError for a prompt that leaves no room for an answer, and say how many leave little."""
-    remedy = f"below block_size = {block_size}: give fewer --shots, or a model with a longer one"
-    require(max(lengths) < block_size, "tokens of the longest prompt", max(lengths), remedy)
-    short = sum(length + ANSWER_TOKENS > block_size for length in lengths)
-    if short:
-        past = f"an answer of {ANSWER_TOKENS} tokens would end past block_size = {block_size}"
-        print(f"note: {past} for {short} of {len(lengths)} prompts")
+def note_lengths(lengths: list[int], block_size: int) -> None:
+    """Say how many prompts of these lengths, in tokens, leave too little room for an answer."""
+    long = sum(length + ANSWER_TOKENS > block_size for length in lengths)
+    if long:
+        what = f"{long} of {len(lengths)} prompts (up to {max(lengths)} tokens) and {ANSWER_TOKENS} tokens of answer"
+        print(f"note: {what} are more than block_size = {block_size}, which the model was trained for")
 
 
 def read_test(path: Path) -> list[Pair]:
