@@ -74,7 +74,8 @@ def note_lengths(lengths: list[int], block_size: int) -> None:
     """Say how many prompts of these lengths, in tokens, leave too little room for an answer."""
     long = sum(length + ANSWER_TOKENS > block_size for length in lengths)
     if long:
-        what = f"{long} of {len(lengths)} prompts (up to {max(lengths)} tokens) and {ANSWER_TOKENS} tokens of answer"
+        what = f"{long} of {len(lengths)} prompts (up to {max(lengths)} tokens)"
+        what = f"{what} and {ANSWER_TOKENS} tokens of answer"
         print(f"note: {what} are more than block_size = {block_size}, which the model was trained for")
 
 
