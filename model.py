@@ -13,8 +13,9 @@ a known budget no shape depends on the data, so the host never waits for the dev
 once a layer, to count the pairs.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import require
+from config.check import COUNT, check, door
+from config.device import check_memory
 from config.files import whole
 from data import hugging_face
 from router import (
@@ -75,6 +78,7 @@ class MoEConfig:
     norm_eps: float = 1e-5  # epsilon of RMSNorm
 
     def __post_init__(self):
+        check(vars(self), type(self), "")
         for name in ("n_layer", "n_head", "n_embd", "n_expert", "n_hidden"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.block_size >= 2, "block_size", self.block_size, "at least 2")
@@ -123,6 +127,18 @@ class MoEConfig:
 
     def has_experts(self, layer: int) -> bool:
         return self.n_expert > 1 and layer >= self.n_dense_layer
+
+    @property
+    def n_matrix_weights(self) -> int:
+        """Weights in matrices, which are nearly all, counted without making a model."""
+        C, D, sparse = self.n_embd, self.head_dim, max(0, self.n_layer - self.n_dense_layer)
+        sparse = sparse if self.n_expert > 1 else 0
+        attention = 2 * C * D * (self.n_head + self.kv_heads)
+        experts = C * (self.n_expert + self.n_null + 3 * self.n_expert * self.n_hidden)
+        experts += C * (3 * self.shared_hidden + self.shared_gate)
+        dense = (self.n_layer - sparse) * 3 * C * self.dense_width
+        embeddings = self.vocab_size * C * (1 if self.tie_embeddings else 2)
+        return embeddings + self.n_layer * attention + sparse * experts + dense
 
     def options_of(self, row: Router) -> dict[str, object]:
         """The settings that the router of that row takes besides k."""
@@ -612,6 +628,7 @@ class MoEGPT(nn.Module):
         """Random weights: normal, deviation 0.02, less where a matrix adds to the residual stream (GPT-2)."""
         super().__init__()
         require(config.vocab_size >= 1, "vocab_size", config.vocab_size, "at least 1")
+        check_memory(4 * config.n_matrix_weights, "a model of these sizes", torch.get_default_device())
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -733,15 +750,15 @@ class MoEGPT(nn.Module):
         temperature: float = TEMPERATURE,
         top_k: int | None = None,
         top_p: float | None = TOP_P,
-        stop: int | None = None,
+        stop: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         active: Tensor | None = None,
     ) -> Iterator[Chunk]:
         """Continue idx (B, P); yields the prompt, then each of up to max_new_tokens tokens, as it is fed.
 
-        A row ends before the token `stop`, and generation when all rows have ended. active (B, P) bool marks
-        the real tokens of prompts padded on the left to one length. temperature 0 takes the likeliest token;
-        top_k and top_p as in sample_token, which says what ValueErrors it raises.
+        A row ends before the token `stop`, or one of them, and generation when all rows have ended. active
+        (B, P) bool marks the real tokens of prompts padded on the left to one length. temperature 0 takes the
+        likeliest token; top_k and top_p as in sample_token, which says what ValueErrors it raises.
 
         The cache (None: a new one of what is needed, up to block_size) is the window that the model sees.
         When it is full, it is emptied and the newest half of the text is fed again, so that their routing
@@ -765,7 +782,7 @@ class MoEGPT(nn.Module):
         padded: bool,
         draw: Callable[[Tensor], Tensor],
         max_new_tokens: int,
-        stop: int | None,
+        stop: int | Sequence[int] | None,
     ) -> Iterator[Chunk]:
         """`generate` from a prompt text (B, P) that fits. Not all of real (B, P) is True if `padded`."""
         logits, chunk = self._feed(text, real, cache, padded)
@@ -774,7 +791,7 @@ class MoEGPT(nn.Module):
         for _ in range(max_new_tokens):
             token = draw(logits)  # (B, 1)
             if stop is not None:
-                alive = alive & (token != stop)
+                alive = alive & (token != torch.tensor(stop, device=token.device)).all(-1, keepdim=True)
                 n_alive = int(alive.sum())
                 if n_alive == 0:
                     return
@@ -839,9 +856,11 @@ class MoEGPT(nn.Module):
         require(
             tied == old.tie_embeddings, "tie_embeddings", tied, f"{old.tie_embeddings} as in the checkpoint"
         )
-        weights = fit_state(checkpoint, model.config, model.state_dict())
-        check_shapes(model.state_dict(), weights, "the checkpoint")
-        model.load_state_dict(weights)
+        where = checkpoint.get("path", "the checkpoint")
+        with door(where):
+            weights = fit_state(checkpoint, model.config, model.state_dict())
+            check_shapes(model.state_dict(), weights, where)
+            model.load_state_dict(weights)
         return model
 
     @classmethod
@@ -855,17 +874,29 @@ class MoEGPT(nn.Module):
         for files that are missing, damaged or do not fit.
         """
         settings, model_type = hugging_face.read_settings(name_or_path)
+        with door(Path(name_or_path) / "config.json"):
+            config = MoEConfig(**settings)
+            check_memory(2 * config.n_matrix_weights, "a model of these sizes", torch.device(device))
         with torch.device("meta"):
-            model = cls(replace(MoEConfig(**settings), **changes))
+            model = cls(replace(config, **changes))
         # gigabytes: only of what can be opened
         folder = hugging_face.hf_folder(name_or_path, "model*.safetensors*")
         paths, outlines = hugging_face.file_tensors(folder)
-        check_shapes(hugging_face.file_views(dict(model.named_parameters()), model_type), outlines, folder)
+        twice = model.config.tie_embeddings and hugging_face.NAMES["head.weight"] in outlines
+
+        def weights() -> dict[str, Tensor]:
+            head = {"head.weight": torch.empty_like(model.embedding.weight)} if twice else {}
+            return dict(model.named_parameters()) | head
+
+        check_shapes(hugging_face.file_views(weights(), model_type, outlines), outlines, folder)
         model.cast(outlines[hugging_face.NAMES["embedding.weight"]].dtype).to_empty(device=device)
         model._tie()
         for layer in model.expert_layers():
             layer.reset_state()
-        hugging_face.copy_tensors(paths, hugging_face.file_views(dict(model.named_parameters()), model_type))
+        filled = weights()
+        hugging_face.copy_tensors(paths, hugging_face.file_views(filled, model_type, outlines))
+        same = not twice or torch.equal(filled["head.weight"], model.embedding.weight)
+        require(same, f"lm_head.weight in {folder}", "another than the embedding", "it, or not tied")
         return model
 
     def save_pretrained(
@@ -926,6 +957,8 @@ def check_shapes(here: dict[str, Tensor], there: dict[str, Tensor], where: str |
         asked = tuple(here[name].shape) if name in here else "absent"
         found = tuple(there[name].shape) if name in there else "missing"
         require(asked == found, f"{name} in {where}", found, f"{asked} in this architecture")
+        alike = here[name].is_floating_point() == there[name].is_floating_point()
+        require(alike, f"the dtype of {name} in {where}", there[name].dtype, f"like {here[name].dtype}")
 
 
 def fit_state(checkpoint: dict, config: MoEConfig, here: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -951,6 +984,8 @@ def fit_state(checkpoint: dict, config: MoEConfig, here: dict[str, Tensor]) -> d
 
 
 FORMAT = "seqtopk checkpoint 1"
+CHECKPOINT = {"config": MoEConfig, "model": {str: Tensor}, "tokenizer?": dict, "train_config?": {str: object}}
+CHECKPOINT |= {"step?": COUNT, "l1_coef?": Tensor}
 
 
 def save_checkpoint(path: str | Path, model: MoEGPT, weights: dict | None = None, **extra) -> None:
@@ -970,7 +1005,8 @@ def save_checkpoint(path: str | Path, model: MoEGPT, weights: dict | None = None
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """Read what save_checkpoint wrote: its `extra`, and "config" and "model" for MoEGPT.from_checkpoint.
+    """Read what save_checkpoint wrote: its `extra`, and "config" and "model" for MoEGPT.from_checkpoint; and
+    its "path".
 
     Older ones had raw weights: their norm_best is 0. Raises ValueError when there is no such file, when it is
     damaged, or when something else wrote it.
@@ -978,24 +1014,25 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}: train a model first, or correct the path")
-    try:
+    with door(path, "use another, such as best.pt"):
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not read them
+            flipped = archive.testzip()
+        require(flipped is None, f"the checksum of {flipped}", "wrong", "right: use another, such as best.pt")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises whatever the bytes lead its unpickler to
-        raise ValueError(
-            f"{path} is damaged or not a checkpoint of this project: use another, such as best.pt"
-        ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was not written by this project (or by another version): expected {FORMAT!r}"
-        )
-    for settings in (checkpoint["config"], checkpoint.get("train_config", {})):
-        settings.setdefault("norm_best", 0)  # what older ones did
-    unknown = set(checkpoint["config"]) - {field.name for field in fields(MoEConfig)}
-    if unknown:
-        raise ValueError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
-    return checkpoint
+        ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+        require(ours, "its format", "not that of this project (or of another version)", repr(FORMAT))
+        for settings in (checkpoint.get("config"), checkpoint.get("train_config", {})):
+            if isinstance(settings, dict):
+                settings.setdefault("norm_best", 0)  # what older ones did
+        check(checkpoint, CHECKPOINT, "")
+        MoEConfig(**checkpoint["config"])
+        for name, tensor in checkpoint["model"].items():
+            require(tensor.layout == torch.strided, name, tensor.layout, "dense")
+            require(not tensor.isnan().any(), name, "NaN", "numbers: the training diverged, use another")
+    return checkpoint | {"path": str(path)}
 
 
 def pretrained_config(name_or_path: str | Path) -> MoEConfig:
     """The architecture of a Hugging Face checkpoint, under topk. Errors as in MoEGPT.from_pretrained."""
-    return MoEConfig(**hugging_face.read_settings(name_or_path)[0])
+    with door(Path(name_or_path) / "config.json"):
+        return MoEConfig(**hugging_face.read_settings(name_or_path)[0])

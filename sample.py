@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from config import bad_input_exits, parse, require
+from config import bad_input_exits, parse, printable, require
 from config.device import pick_device, pick_dtype
 from config.files import whole
 from data import AnyTokenizer, hf_tokenizer, make_tokenizer
+from data.source import read_text
 from model import TEMPERATURE, TOP_P, Cache, Chunk, MoEConfig, MoEGPT, load_checkpoint, sample_token
 
 # Background and text (of a terminal's 256 colours, and in SVG) of fewer experts than k, about k, and more.
@@ -45,9 +46,6 @@ COLOURS = [
     (203, 16, "#ff5f5f", "black"),
     (160, 231, "#d70000", "white"),
 ]
-
-# Generated ones must not reach the terminal. XML forbids the last two, which are no characters.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
     """Write samples to stdout and, where there are such files, a page of them and a picture of the last."""
     device, _ = pick_device(config.device)
     checkpoint, source = (None, config.init_from) if config.init_from else load_run(config)
-    tokenizer = make_tokenizer(checkpoint.get("tokenizer")) if checkpoint else hf_tokenizer(source)
+    tokenizer = make_tokenizer(checkpoint.get("tokenizer"), source) if checkpoint else hf_tokenizer(source)
     prompt = encode_prompt(config.prompt, tokenizer)
     model = open_model(checkpoint, config, device)
     needed = len(prompt) + config.max_new_tokens
@@ -165,14 +163,7 @@ def read_prompt(prompt: str) -> str:
     if prompt != "-" and not prompt.startswith("FILE:"):
         return prompt
     path = 0 if prompt == "-" else prompt.removeprefix("FILE:")
-    name = "standard input" if path == 0 else path
-    try:
-        with open(path, "rb", closefd=path != 0) as file:
-            return file.read().decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"the prompt in {name} is not UTF-8 text") from None
-    except OSError as err:
-        raise ValueError(f"the prompt in {name} cannot be read: {err.strerror}") from None
+    return read_text(path, f"the prompt in {path or 'standard input'}")  # as training text was
 
 
 def write_samples(
@@ -181,7 +172,7 @@ def write_samples(
     """Write the samples one after the other, until Ctrl-C. They share the cache and the random numbers."""
     idx = torch.tensor([prompt], device=model.head.weight.device)  # (1, P)
     options = {key: getattr(config, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    options |= {"generator": torch.Generator(idx.device).manual_seed(config.seed), "stop": tokenizer.eot}
+    options |= {"generator": torch.Generator(idx.device).manual_seed(config.seed), "stop": tokenizer.stops}
     samples = []
     with contextlib.suppress(KeyboardInterrupt):
         for number in range(1, config.num_samples + 1):
@@ -211,7 +202,7 @@ def write(chunks: Iterable[Chunk], tokenizer: AnyTokenizer, k: int | None, sampl
 def piece(token: int, tokenizer: AnyTokenizer, decoder: codecs.IncrementalDecoder) -> str:
     """The text that a token completes: nothing for end-of-text and for the beginning of a character."""
     text = decoder.decode(b"" if token == tokenizer.eot else tokenizer.decode_bytes([token]))
-    return CONTROL.sub("\ufffd", text)
+    return printable(text)
 
 
 def colour_cuts(k: int) -> list[float]:

@@ -38,8 +38,9 @@ from tqdm import tqdm
 
 import data
 import distributed
-from config import bad_input_exits, parse, require
-from config.device import DTYPES, keep_freed_memory, pick_compile, pick_device, pick_dtype
+from config import bad_input_exits, parse, printable, require
+from config.check import COUNT, check, door
+from config.device import DTYPES, check_memory, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from config.files import lock, remove_leftovers
 from distributed import rank, world
 from model import (
@@ -108,7 +109,9 @@ class TrainConfig(MoEConfig):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
         for name in ("learning_rate", "embedding_boost"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        require(self.min_lr is None or self.min_lr >= 0, "min_lr", self.min_lr, "at least 0, or none")
+        highest = f"from 0 to learning_rate = {self.learning_rate:g}, or none for a tenth of it"
+        within = self.min_lr is None or 0 <= self.min_lr <= self.learning_rate
+        require(within, "min_lr", self.min_lr, highest)
         end = self.lr_decay_iters
         require(end is None or end >= 1, "lr_decay_iters", end, "at least 1, or none")
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
@@ -149,7 +152,11 @@ class TrainConfig(MoEConfig):
 # What a run that is resumed cannot change: what decides the order of its data and the state of its optimiser.
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
 OPTIMIZER = ["optimizer", "train_only", "weights_dtype"]
-GIVEN = {"boost", "weight_decay", "betas"}  # of an optimiser's group: what is given now holds
+# What train.py adds to a checkpoint, for check; and the names of what each optimiser keeps of a weight.
+RUN = {"optimizers": [{"state": {int: {str: Tensor}}, "param_groups": [dict]}], "scaler": dict, "rng": Tensor}
+RUN |= {"step": COUNT, "evaluated": range(-1, 2**63), "best": float, "source_sha256": str, "tokenizer": dict}
+RUN |= {"data_sha256?": str}
+KEPT = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "RoundingAdamW": {"mean", "square"}, "Muon": {"mean"}}
 
 
 def architecture() -> list[str]:
@@ -178,7 +185,11 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
         difference = ", ".join(f"{name} is {old[name]} there and {given[name]} here" for name in changed)
         remedy = "drop these or start from scratch"
         raise ValueError(f"init_from={init_from} does not fit: {difference}; {remedy}")
-    return TrainConfig(**old | given), checkpoint
+    try:
+        return TrainConfig(**old | given), checkpoint
+    except ValueError as error:
+        whose = checkpoint.get("path", init_from)
+        raise ValueError(f"{error} (what is not given is as in {whose})") from None
 
 
 def read_checkpoint(init_from: str, out_dir: str) -> dict:
@@ -193,10 +204,13 @@ def read_checkpoint(init_from: str, out_dir: str) -> dict:
     if resume and "train_config" not in checkpoint:
         raise ValueError(f"{path} holds no run to resume: train.py did not write it")
     if resume and "optimizers" not in checkpoint:
-        remedy = f"begin a new run with its weights: --init_from={path}"
+        remedy = f"begin a new run with its weights: --init_from={shlex.quote(str(path))}"
         raise ValueError(f"{path} was written before Muon, whose optimisers it lacks; {remedy}")
     if "tokenizer" not in checkpoint:
         raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
+    if resume:
+        with door(path):
+            check(checkpoint, RUN | {"train_config": TrainConfig}, "")
     return checkpoint
 
 
@@ -212,13 +226,16 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
     dataset = data.load(config.dataset)
     tokenizer = dataset.tokenizer
     meta = checkpoint and checkpoint["tokenizer"]
-    if meta and data.make_tokenizer(meta).fingerprint != tokenizer.fingerprint:
-        theirs = meta["name"] if meta["kind"] == "hf" else "..."
+    if meta and data.make_tokenizer(meta, checkpoint.get("path", "")).fingerprint != tokenizer.fingerprint:
+        theirs = shlex.quote(meta["name"]) if meta["kind"] == "hf" else "..."
         remedy = f"prepare it with the checkpoint's (prepare.py --tokenizer={theirs}), or start from scratch"
         raise ValueError(f"dataset {config.dataset} has another vocabulary than the checkpoint: {remedy}")
-    if config.init_from == "resume" and checkpoint["source_sha256"] != dataset.meta["source_sha256"]:
-        since = "was prepared anew since the run began"
-        raise ValueError(f"dataset {config.dataset} {since}: start from scratch")
+    if config.init_from == "resume":
+        older = "data_sha256" not in checkpoint
+        was = checkpoint["source_sha256" if older else "data_sha256"]
+        if was != (dataset.meta["source_sha256"] if older else dataset.sha256):
+            since = "was prepared anew, with other tokens, since the run began"
+            raise ValueError(f"dataset {config.dataset} {since}: start from scratch")
     padded = checkpoint and config.vocab_size > tokenizer.vocab_size  # pretrained embeddings often are
     right = padded or config.vocab_size in (0, tokenizer.vocab_size)
     require(right, "vocab_size", config.vocab_size, f"0 or the data's {tokenizer.vocab_size}")
@@ -261,6 +278,7 @@ class Run:
             "evaluated": self.evaluated,
             "best": self.best,
             "source_sha256": self.dataset.meta["source_sha256"],
+            "data_sha256": self.dataset.sha256,
             "train_config": asdict(self.config),
             "tokenizer": self.dataset.tokenizer.meta,
         }
@@ -279,23 +297,46 @@ class Run:
 
     def restore(self, checkpoint: dict) -> None:
         """Continue where the checkpoint was written. The model has its weights already."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-            given = [{key: group[key] for key in GIVEN & group.keys()} for group in optimizer.param_groups]
-            optimizer.load_state_dict(distributed.sharded(state, optimizer))
-            for group, settings in zip(optimizer.param_groups, given, strict=True):
-                group |= settings
-        if self.scaler.is_enabled() and checkpoint["scaler"]:  # another GPU may need another dtype
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"].cpu())
+        with door(checkpoint["path"]):
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(distributed.sharded(fitting_state(optimizer, state), optimizer))
+            if self.scaler.is_enabled() and checkpoint["scaler"]:  # another GPU may need another dtype
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            torch.set_rng_state(checkpoint["rng"].cpu())
         for name in ("step", "evaluated", "best"):
             setattr(self, name, checkpoint[name])
         self.saved = self.step
+
+
+def fitting_state(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """The saved state, under the settings that are given now: `step` alone is taken over of a group.
+
+    Raises ValueError unless its tensors fit the weights, because the optimisers' kernels trust them.
+    """
+    groups, there = optimizer.state_dict()["param_groups"], state["param_groups"]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    require(len(there) == len(groups), "groups of an optimiser", len(there), f"{len(groups)}")
+    for number, kept in state["state"].items():
+        require(number in range(len(weights)), "a weight of an optimiser", number, f"below {len(weights)}")
+        names = KEPT[type(optimizer).__name__]
+        require(kept.keys() == names, f"state of weight {number}", ", ".join(kept), ", ".join(sorted(names)))
+        for name, tensor in kept.items():
+            dense = tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point()
+            shape = () if name == "step" else tuple(weights[number].shape)
+            fits = dense and tuple(tensor.shape) == shape
+            require(fits, f"{name} of weight {number}", tuple(tensor.shape), f"{shape}, dense floats")
+    for group, other in zip(groups, there):
+        if "step" in group:
+            check(other, {"step": COUNT}, "a group of an optimiser")
+            group["step"] = other["step"]
+    return {"state": state["state"], "param_groups": groups}
 
 
 def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) -> Run:
     """Build the run and print what was chosen and why. Raises ValueError for a device that is not there."""
     device, device_reason = pick_device(config.device)
     device = distributed.own_device(device)
+    check_training_memory(config, device)
     dtype, dtype_reason = pick_dtype(config.dtype, device)
     if config.weights_dtype == "bfloat16" and dtype != torch.bfloat16:  # auto chose it, as on a CPU
         dtype, dtype_reason = torch.bfloat16, "that of the weights"
@@ -317,6 +358,17 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     if compiled:
         compile_or_explain(run)
     return run
+
+
+def check_training_memory(config: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError where weights, gradients, the optimisers' moments, the blocks' inputs and the logits
+    with their gradient are more than the device's memory: the least that training needs."""
+    n_weights, size = config.n_matrix_weights, 4 if config.weights_dtype == "float32" else 2
+    all_learn, muon = config.train_only == "all", config.optimizer == "muon"
+    states = n_weights * size * ((3 if muon else 4) if all_learn else 1) // (world() if config.shard else 1)
+    tokens = config.batch_size * config.block_size
+    inputs = tokens * (config.n_layer * config.n_embd * 2 + config.vocab_size * 8)
+    check_memory(states + inputs, "training with these sizes and this batch_size", device)
 
 
 def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
@@ -348,7 +400,7 @@ def compile_or_explain(run: Run) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if run.config.compile == "true":
+        if run.config.compile.lower() == "true":
             raise ValueError(f"compile is true, but torch.compile fails here with {error}") from error
         print(f"compile   off after all: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
         run.forward = plain
@@ -527,8 +579,8 @@ class Log:
     @staticmethod
     def _step(line: bytes) -> float:
         try:
-            return json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):  # a crash cut the line short
+            return float(json.loads(line)["step"])
+        except Exception:  # a crash cut the line short, or it is no entry at all
             return math.inf
 
     def write(self, **entry) -> None:
@@ -695,19 +747,21 @@ def move_aside(folder: Path, log: IO) -> None:
     print(f"the run that was in {folder} is now in {aside}")
 
 
-def command(script: str, config: TrainConfig, option: str) -> str:
+def command(script: str, config: TrainConfig, *options: str) -> str:
     """What a user types to go on with this run; it names the file that defines a router of the user's own."""
     module = getattr(ROUTERS[config.router].select, "__module__", "")  # of a config file: its path
     own = [os.path.relpath(module)] if module.endswith(".py") else []
     several = world() > 1 and script == "train.py"
     start = ["torchrun", f"--nproc_per_node={world()}"] if several else ["python"]
-    return shlex.join([*start, script, *own, f"--out_dir={config.out_dir}", option])
+    return shlex.join([*start, script, *own, f"--out_dir={config.out_dir}", *options])
 
 
 def describe(run: Run) -> str:
     config, (total, active) = run.config, run.model.n_params()
     flops, size = run.model.flops_per_token(config.block_size), len(run.dataset.train)
     epochs = config.tokens_per_iter * config.max_iters / size
+    end = config.lr_decay_iters or config.max_iters
+    low = f"; warm-up takes all {end:,}: lower --warmup_iters" if config.warmup_iters >= end else ""
     stand_in = ROUTERS[config.router].decode
     router = f"{config.router}, {config.k} of {config.n_expert} experts per token; causal stand-in {stand_in}"
     if config.first_iters:
@@ -717,7 +771,7 @@ def describe(run: Run) -> str:
         f"router    {router if config.n_expert > 1 else 'none: a dense model'}\n"
         f"data      {config.dataset}: {size:,} tokens, vocabulary {config.vocab_size:,}\n"
         f"training  {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens, "
-        f"{epochs:.2f} epochs in all\n"
+        f"{epochs:.2f} epochs in all{low}\n"
         f"run       {config.out_dir}"
     )
 
@@ -745,9 +799,9 @@ def print_sample(run: Run) -> None:
     prompt = tokenizer.encode(run.dataset.meta.get("prompt", "")) or [tokenizer.eot]
     generator = torch.Generator(run.device).manual_seed(config.seed)
     idx = torch.tensor([prompt], device=run.device)
-    chunks = run.model.generate(idx, config.sample_tokens, stop=tokenizer.eot, generator=generator)
+    chunks = run.model.generate(idx, config.sample_tokens, stop=tokenizer.stops, generator=generator)
     ids = torch.cat([chunk.tokens for chunk in chunks], dim=1)[0].tolist()
-    print("\n--- sample\n" + tokenizer.decode(ids[prompt == [tokenizer.eot] :]))
+    print("\n--- sample\n" + printable(tokenizer.decode(ids[prompt == [tokenizer.eot] :])))
 
 
 def main(argv: list[str]) -> None:
@@ -770,13 +824,17 @@ def run_to_the_end(run: Run) -> None:
     try:
         if run.step < config.max_iters:
             print(f"time      {estimate(run)}")
+        else:
+            print(f"time      all {config.max_iters:,} iterations are done: go on with a higher --max_iters")
         finished = train(run)
         if finished and config.sample_tokens and rank() == 0:
             if run.forward is not run.model or world() == 1:  # no process alone has the weights of a shard
                 print_sample(run)
-            print(f"--- more: {command('sample.py', config, '--show_experts')}")
+            shown = ["--show_experts"] * bool(run.model.expert_layers())
+            print(f"--- more: {command('sample.py', config, *shown)}")
     except torch.OutOfMemoryError:
         remedy = f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps as much"
+        remedy = remedy if config.batch_size > 1 else "give --checkpoint_activations or a smaller model"
         print(f"error: the GPU's memory is too small: {remedy}", file=sys.stderr)
         sys.exit(2)
     except Diverged as error:

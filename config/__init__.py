@@ -21,6 +21,7 @@ import inspect
 import io
 import math
 import os
+import re
 import sys
 import textwrap
 import tokenize
@@ -30,12 +31,14 @@ from types import ModuleType
 from typing import Any
 
 ALLOWED = {
-    "int": "a whole number such as 8",
+    "int": "a whole number such as 8, below 2**63",
     "float": "a finite number such as 0.1 or 3e-4",
     "bool": "true or false",
     "str": "text",
 }
 PLAIN = (int, float, str, bool, type(None))  # what a setting can be
+# What a model or a file says must not steer the terminal. XML forbids the last two, which are no characters.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 HINT = "; a file's own names start with _, and a router that sample.py is to know has a file of its own"
 
 
@@ -83,6 +86,11 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} is {value}, but must be {allowed}")
 
 
+def printable(text: str) -> str:
+    """The text with U+FFFD in place of each character that steers a terminal."""
+    return CONTROL.sub("\ufffd", text)
+
+
 @contextlib.contextmanager
 def bad_input_exits() -> Iterator[None]:
     """Turn a ValueError or OSError, which a user's input caused, into one line on stderr and exit code 2."""
@@ -92,7 +100,7 @@ def bad_input_exits() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (ValueError, OSError) as err:
-        message = " ".join(str(err).split()) or type(err).__name__
+        message = printable(" ".join(str(err).split())) or type(err).__name__
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -121,7 +129,7 @@ def _command_line_setting(arg: str, types: dict[str, str]) -> dict[str, Any]:
     _check_known(key, types, "on the command line")
     if not equals and types[key] != "bool":
         raise ValueError(f"--{key} has no value; write --{key}=VALUE with {_allowed(types[key])}")
-    with _naming(f"--{key}={text}", types[key]):
+    with _naming(f"--{key}={text[:60]}", types[key]):
         return {key: _checked(_from_text(text if equals else "true", types[key]), types[key])}
 
 
@@ -167,6 +175,8 @@ def _checked(value: Any, kind: str) -> Any:
         value = str(value).lower()
     if type(value).__name__ != wanted or (wanted == "float" and not math.isfinite(value)):
         raise TypeError
+    if wanted == "int" and abs(value) >= 2**63:
+        raise OverflowError
     return value
 
 

@@ -1,6 +1,7 @@
 """Where and in which number format to compute: the choices that `auto` stands for, each with its reason."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 
@@ -39,6 +40,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 def pick_compile(name: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether to use torch.compile (auto: in bfloat16 on a GPU), and why. Raises ValueError for others."""
+    name = name.lower()  # as for true and false elsewhere
     require(name in ("auto", "true", "false"), "compile", name, "auto, true or false")
     if name != "auto":
         return name == "true", "as asked"
@@ -47,6 +49,19 @@ def pick_compile(name: str, device: torch.device, dtype: torch.dtype) -> tuple[b
     if dtype != torch.bfloat16:
         return False, "grouped_mm compiles in bfloat16 only"
     return True, "bfloat16 on a GPU"
+
+
+def check_memory(n_bytes: int, what: str, device: torch.device) -> None:
+    """Raise ValueError if so many bytes are more than all memory of the device."""
+    if device.type not in ("cpu", "cuda"):  # "meta" needs none
+        return
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if n_bytes > total:
+        needs = f"needs at least {n_bytes / 1e9:,.0f} GB of memory, but {device} has {total / 1e9:,.0f} GB"
+        raise ValueError(f"{what} {needs}: choose smaller ones")
 
 
 def keep_freed_memory() -> None:

@@ -6,6 +6,7 @@ answers are learned, train_learn.bin and val_learn.bin say which tokens those ar
 """
 
 import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -19,10 +20,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from config import require
+from config.check import COUNT, check, door
 from config.files import put_on_disk, scratch
 from data.answers import Answers, pack, train_windows
 from data.hugging_face import hf_tokenizer, is_hugging_face
-from data.source import pieces
+from data.source import file_sha256, pieces
 from data.tokenizer import AnyTokenizer, make_tokenizer, train_bpe
 
 __all__ = [
@@ -50,7 +53,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs x and targets y, (B, T) int6
 class Dataset:
     """`train` and `val`: (n,) memory maps of token ids; `meta`: what meta.json in `folder` says.
 
-    `train_answers` and `val_answers`: what is learned of them, None for all.
+    `train_answers` and `val_answers`: what is learned of them, None for all. `sha256` (hex) is of all these.
     """
 
     train: np.ndarray
@@ -58,14 +61,17 @@ class Dataset:
     tokenizer: AnyTokenizer
     meta: dict
     folder: Path
+    sha256: str
     train_answers: Answers | None = None
     val_answers: Answers | None = None
 
     def train_batch(self, step: int, batch_size: int, block_size: int, seed: int) -> Batch:
-        return train_batch(self.train, step, batch_size, block_size, seed, self.train_answers)
+        with door(self.folder / "train.bin"):
+            return train_batch(self.train, step, batch_size, block_size, seed, self.train_answers)
 
     def val_batches(self, block_size: int, batch_size: int, n_windows: int) -> list[Batch]:
-        return val_batches(self.val, block_size, batch_size, n_windows, self.val_answers)
+        with door(self.folder / "val.bin"):
+            return val_batches(self.val, block_size, batch_size, n_windows, self.val_answers)
 
 
 def load(dataset: str) -> Dataset:
@@ -79,14 +85,18 @@ def load(dataset: str) -> Dataset:
     if missing := _missing(folder):
         raise ValueError(f"{folder} has no {missing}; {_remedy(folder)}")
     meta = _read_meta(folder)
-    tokenizer = make_tokenizer(meta["tokenizer"])
+    tokenizer = make_tokenizer(meta["tokenizer"], folder / "meta.json")
     for name, size in meta["files"].items():
         if (found := (folder / name).stat().st_size) != size:
             raise ValueError(f"{folder / name} has {found} bytes and not {size}; {_remedy(folder)}")
     train, val = (_open_tokens(folder / f"{split}.bin", meta, tokenizer.vocab_size) for split in SPLITS)
-    learn = [folder / f"{split}_learn.bin" for split in SPLITS]
-    answers = [Answers(np.fromfile(path, np.uint8)) if path.name in meta["files"] else None for path in learn]
-    return Dataset(train, val, tokenizer, meta, folder, *answers)
+    learn = [_open_learn(folder, split, meta, len(tokens)) for split, tokens in zip(SPLITS, (train, val))]
+    sums = {name: file_sha256(folder / name) for name in meta["files"]}
+    for name, sha256 in meta.get("sha256", sums).items():  # older datasets have none
+        if sums.get(name) != sha256:
+            raise ValueError(f"{folder / name} is not as it was written (sha256); {_remedy(folder)}")
+    whole = hashlib.sha256("".join(sums[name] for name in sorted(sums) if name.endswith(".bin")).encode())
+    return Dataset(train, val, tokenizer, meta, folder, whole.hexdigest(), *learn)
 
 
 def train_batch(
@@ -148,6 +158,7 @@ def write_dataset(
         for name, content in (files or {}).items():
             (new / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         about["files"] = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
+        about["sha256"] = {name: file_sha256(new / name) for name in about["files"]}
         about["tokenizer"] = tokenizer.meta
         (new / "meta.json").write_text(json.dumps(about), encoding="utf-8")
         put_on_disk(new)
@@ -174,14 +185,22 @@ def _missing(folder: Path) -> str | None:
     return next((name for name in _read_meta(folder)["files"] if not (folder / name).is_file()), None)
 
 
+# meta.json of a dataset, for check.
+META = {"files": {str: COUNT}, "tokenizer": dict, "source_sha256": str, "prompt?": str, "dtype?": str}
+META |= {"vocab_size?": COUNT, "sha256?": {str: str}}
+
+
 def _read_meta(folder: Path) -> dict:
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if {"train.bin", "val.bin"} <= meta["files"].keys() and "tokenizer" in meta:
-            return meta
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    raise ValueError(f"{folder / 'meta.json'} is not the meta.json of a dataset; {_remedy(folder)}")
+    path = folder / "meta.json"
+    with door(path, _remedy(folder)):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        check(meta, META, "")
+        for name in (*meta["files"], *(f"{split}.bin" for split in SPLITS)):
+            plain = name == Path(name).name and name in meta["files"]
+            require(plain, "files", f"with {name!r}", "plain names, train.bin and val.bin among them")
+        dtype = meta.get("dtype", "uint16")
+        require(dtype in FILE_DTYPES, "dtype", dtype, " or ".join(FILE_DTYPES))
+    return meta
 
 
 def _remedy(folder: Path) -> str:
@@ -191,10 +210,22 @@ def _remedy(folder: Path) -> str:
 def _open_tokens(path: Path, meta: dict, vocab_size: int) -> np.ndarray:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; {_remedy(path.parent)}")
-    tokens = np.memmap(path, dtype=FILE_DTYPES[meta.get("dtype", "uint16")], mode="r")
+    with door(path, _remedy(path.parent)):
+        tokens = np.memmap(path, dtype=FILE_DTYPES[meta.get("dtype", "uint16")], mode="r")
     if (largest := int(tokens.max())) >= vocab_size:
         raise ValueError(f"{path} holds token id {largest}; its tokenizer has ids 0..{vocab_size - 1} only")
     return tokens
+
+
+def _open_learn(folder: Path, split: str, meta: dict, n_tokens: int) -> Answers | None:
+    path = folder / f"{split}_learn.bin"
+    if path.name not in meta["files"]:
+        return None
+    with door(path, _remedy(folder)):
+        learn = np.fromfile(path, np.uint8)
+        require(len(learn) == n_tokens, "its length", len(learn), f"{n_tokens}, a byte for each token")
+        require(learn.max() == 1, "its largest byte", learn.max(), "1, at what is learned")
+        return Answers(learn)
 
 
 def _whole_windows(n_tokens: int, block_size: int) -> int:

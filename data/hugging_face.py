@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import re
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import require
+from config import printable, require
+from config.check import check, door
 from config.files import whole
 from data.source import pieces
 
@@ -46,6 +48,8 @@ def optional(package: str) -> ModuleType:
 
 def hf_folder(name_or_path: str | Path, files: str | list[str]) -> Path:
     """The folder of that name, or else a copy of these files of the model of that name on the Hub."""
+    if Path(name_or_path).suffix == ".pt" or (Path(name_or_path) / "last.pt").exists():
+        raise ValueError(f"{name_or_path} is of a run of train.py: give the run's folder as --out_dir")
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     hub = optional("huggingface_hub")
@@ -58,13 +62,25 @@ def hf_folder(name_or_path: str | Path, files: str | list[str]) -> Path:
         raise ValueError(f"{name_or_path} is no folder here, {why}: {remedy}") from error
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: give a Hugging Face model that has it") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+def read_json(path: Path, wanted: dict) -> dict:
+    """The content of a file, which must be as `wanted` describes (config.check)."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give a Hugging Face model that has it")
+    with door(path, "fetch it again"):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        check(said, wanted, "")
+    return said
+
+
+# What the files must hold, for check. Ids have a limit, because memory is taken for as many.
+ID = range(2**24)
+TOKENIZER_META = {"name": str, "json": str, "eot": ID, "stops?": [ID]}
+TOKENIZER = {"model": {"type": str, "vocab": {str: ID}}, "added_tokens?": [{"id": ID, "content": str}]}
+SOME_DICT = dict | None
+CONFIG = {"rope_parameters?": SOME_DICT, "rope_scaling?": SOME_DICT, "quantization_config?": SOME_DICT}
+CONFIG |= {"mlp_only_layers?": list | None, "eos_token_id?": int | list | None}
+TOKENIZER_CONFIG = {"eos_token?": str | dict | None}
+INDEX = {"weight_map": {str: str}}
 
 
 # -------------------- tokenizers --------------------------------------------------------------------------
@@ -81,12 +97,14 @@ class HFTokenizer:
 
     def __init__(self, meta: dict):
         tokenizers = optional("tokenizers")
-        try:
-            self.meta, self.name, self.eot = meta, meta["name"], meta["eot"]
-            decoder = json.dumps(json.loads(meta["json"])["decoder"])
-            self._encoding = tokenizers.Tokenizer.from_str(meta["json"])
-        except Exception as err:  # the library raises a bare Exception
-            raise ValueError(f"this is not a tokenizer.json: {type(err).__name__} {err}") from err
+        check(meta, TOKENIZER_META, "tokenizer")
+        self.meta, self.name, self.eot = meta, meta["name"], meta["eot"]
+        said = json.loads(meta["json"])
+        check(said, TOKENIZER, "")
+        prefix = said["model"].get("continuing_subword_prefix")  # which makes the library panic
+        require(not prefix, "continuing_subword_prefix", prefix, "none")
+        decoder = json.dumps(said.get("decoder"))
+        self._encoding = tokenizers.Tokenizer.from_str(meta["json"])
         to_bytes = next((read for kind, read in TOKEN_BYTES.items() if f'"{kind}"' in decoder), None)
         if to_bytes is None:
             known = " or ".join(TOKEN_BYTES)
@@ -99,6 +117,8 @@ class HFTokenizer:
         tokens = {i: to_bytes(token) for token, i in self._encoding.get_vocab(False).items()}
         self._tokens = tokens | {i: token.content.encode() for i, token in added.items()}
         self.vocab_size = max(self._tokens) + 1
+        require(self.eot in self._tokens, "end-of-text", self.eot, "the id of a token")
+        self.stops = tuple(meta.get("stops", [self.eot]))  # ids of which each ends a text
         around = self._encoding.encode("a")
         self.start = tuple(around.ids[: around.special_tokens_mask.index(0)])  # by its own post-processor
 
@@ -153,24 +173,35 @@ TOKEN_BYTES = {"ByteLevel": read_byte_level, "ByteFallback": read_byte_fallback}
 
 def hf_tokenizer(name_or_path: str) -> HFTokenizer:
     """The tokenizer of a Hugging Face folder, or of a model on the Hub. ValueError if it cannot be had."""
-    folder = hf_folder(name_or_path, ["tokenizer.json", "tokenizer_config.json", "config.json"])
+    folder = hf_folder(name_or_path, ["tokenizer.json", *SAY_END])
     path = folder / "tokenizer.json"
-    added = {token["content"]: token["id"] for token in read_json(path).get("added_tokens", [])}
-    eot = end_of_text(folder, added)
-    if eot is None:
+    added = {token["content"]: token["id"] for token in read_json(path, TOKENIZER).get("added_tokens", [])}
+    stops = end_of_text(folder, added)
+    if not stops:
         raise ValueError(f"{name_or_path} names no end-of-text: its tokenizer_config.json needs an eos_token")
-    text = path.read_text(encoding="utf-8")
-    return HFTokenizer({"kind": "hf", "name": name_or_path, "json": text, "eot": eot})
+    meta = {"kind": "hf", "name": str(name_or_path), "json": path.read_text(encoding="utf-8")}
+    with door(path, "fetch it again"):
+        return HFTokenizer(meta | {"eot": stops[0], "stops": stops})
 
 
-def end_of_text(folder: Path, added: dict[str, int]) -> int | None:
-    """The id of eos_token in tokenizer_config.json, or else eos_token_id (the first) in config.json."""
-    said, paths = {}, [folder / "config.json", folder / "tokenizer_config.json"]
-    for path in filter(Path.is_file, paths):
-        said |= read_json(path)
-    token, eot = said.get("eos_token"), said.get("eos_token_id")
-    token = token["content"] if isinstance(token, dict) else token
-    return added.get(token, eot[0] if isinstance(eot, list) else eot)
+SAY_END = ["tokenizer_config.json", "config.json", "generation_config.json"]
+
+
+def end_of_text(folder: Path, added: dict[str, int]) -> list[int]:
+    """Ids that end a text: that of eos_token in tokenizer_config.json, or else the first eos_token_id of
+    config.json, which ends documents here; then all others that config.json and generation_config.json name.
+    """
+    stops = []
+    for path in filter(Path.is_file, (folder / name for name in SAY_END)):
+        said = read_json(path, CONFIG | TOKENIZER_CONFIG)
+        token, ids = said.get("eos_token"), said.get("eos_token_id")
+        token = token.get("content") if isinstance(token, dict) else token
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        with door(path):
+            check(token, str | None, "eos_token")
+            check(ids, [ID], "eos_token_id")
+        stops += ([added[token]] if token in added else []) + ids
+    return list(dict.fromkeys(stops))
 
 
 # -------------------- checkpoints -------------------------------------------------------------------------
@@ -268,15 +299,21 @@ def read_settings(name_or_path: str | Path) -> tuple[dict, str]:
     Raises ValueError for what model.py cannot express.
     """
     folder, where = hf_folder(name_or_path, "config.json"), "in config.json"
-    said = plain_config(read_json(folder / "config.json"))
+    said = plain_config(read_json(folder / "config.json", CONFIG))
     model_type = said.get("model_type")
-    require(model_type in FAMILIES, f"model_type {where}", model_type, "one of " + ", ".join(FAMILIES))
+    require(
+        isinstance(model_type, str) and model_type in FAMILIES,
+        f"model_type {where}",
+        model_type,
+        "one of " + ", ".join(FAMILIES),
+    )
     for key, usual in USUAL.items():
         require(said.get(key, usual) == usual, f"{key} {where}", said.get(key), f"{usual}")
     family = FAMILIES[model_type]
     settings = family.implied | {field: said[key] for key, field in family.keys.items() if key in said}
     for key, field in family.keys.items():
         require(field in settings, f"{key} {where}", "missing", "given")
+    check(settings["n_expert"], int, f"num_experts {where}")
     require(settings["n_expert"] >= 2, f"num_experts {where}", settings["n_expert"], "at least 2")
     return settings | {"router": "topk"}, model_type
 
@@ -285,6 +322,7 @@ def plain_config(said: dict) -> dict:
     """A config.json, without its nulls, in the words of KEYS and USUAL, whichever release wrote it."""
     rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
     dense = said.get("mlp_only_layers") or []
+    check(dense, [int], "mlp_only_layers in config.json")
     first = sorted(dense) == list(range(len(dense)))
     require(first, "mlp_only_layers in config.json", dense, "the first layers")
     plain = said | (said.get("quantization_config") or {}) | rope
@@ -296,15 +334,25 @@ def plain_config(said: dict) -> dict:
     return {key: value for key, value in plain.items() if value is not None}
 
 
-def file_views(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
-    """For the name of every tensor in a checkpoint's files, the part of a weight here that holds it."""
-    views, names = {}, FAMILIES[model_type].names
+FUSED = {"mlp.w_in": "mlp.experts.gate_up_proj", "mlp.w_out": "mlp.experts.down_proj"}  # of all experts
+
+
+def file_views(weights: dict[str, Tensor], model_type: str, found: Iterable[str] = ()) -> dict[str, Tensor]:
+    """For the name of every tensor in a checkpoint's files, the part of a weight here that holds it.
+
+    found: names in the files, which say whether experts are fused there, as transformers 5 can save them.
+    """
+    fused = any(name.endswith(FUSED["mlp.w_in"]) for name in found)
+    views, names = {}, NAMES | FUSED if fused else FAMILIES[model_type].names
     q_rows = weights["blocks.0.attention.out.weight"].shape[1]
     for name, weight in weights.items():
         block = re.match(r"blocks\.(\d+)\.", name)
         prefix = f"model.layers.{block[1]}." if block else ""
         theirs = names[name.removeprefix(block[0]) if block else name].split()
         weight = weight.detach()
+        if fused and weight.dim() == 3:
+            views[prefix + theirs[0]] = weight.mT
+            continue
         for expert, matrix in enumerate(weight.mT if weight.dim() == 3 else [weight]):
             kv_rows = (len(matrix) - q_rows) // 2
             rows = [q_rows, kv_rows, kv_rows] if len(theirs) == 3 else len(matrix) // len(theirs)
@@ -319,19 +367,22 @@ def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
     Raises ValueError for a file that is missing or damaged, and for a dtype that is not one of DTYPES.
     """
     safetensors, paths, outlines = optional("safetensors"), {}, {}
-    index = folder / "model.safetensors.index.json"
-    shards = read_json(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
-    for path in sorted({folder / shard for shard in shards}):
+    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        shards = sorted(set(read_json(index, INDEX)["weight_map"].values()))
+    for shard in shards:
+        path = folder / shard
+        require(
+            shard == path.name, f"a file of weight_map in {index}", printable(shard), "in the same folder"
+        )
         if not path.is_file():
             remedy = "fetch it, or, if the folder has .bin files, save it anew with transformers"
             raise ValueError(f"{path.name} is missing in {folder}: {remedy}")
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                found = {name: outline(file, name) for name in file.offset_keys()}
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
-        found = {name: tensor for name, tensor in found.items() if tensor.numel()}
-        outlines, paths = outlines | found, paths | dict.fromkeys(found, path)
+        with door(path, "fetch it again"), safetensors.safe_open(path, "pt") as file:
+            found = {name: outline(file, name) for name in file.offset_keys()}
+        # older files keep the rotary embedding's frequencies, too
+        kept = {n: x for n, x in found.items() if x.numel() and not n.endswith("rotary_emb.inv_freq")}
+        outlines, paths = outlines | kept, paths | dict.fromkeys(kept, path)
     return paths, outlines
 
 
@@ -344,16 +395,30 @@ def outline(file, name: str) -> Tensor:
 
 
 def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
-    """Read the tensors of file_tensors into the views of file_views.
+    """Read the tensors of file_tensors into the views of file_views. Raises ValueError for NaN, and where a
+    file of ours has not the sum that write_tensors gave it.
 
     A file is opened anew for every 16 tensors: until it is closed, the pages that were read count as memory.
     """
-    opened = None
+    opened, sums, said = None, {}, {}
     bar = tqdm(paths.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
     for number, (name, path) in enumerate(bar):
-        if number % 16 == 0 or path != opened:
-            file, opened = optional("safetensors").safe_open(path, "pt"), path
-        views[name].copy_(file.get_tensor(name))
+        with door(path, "fetch it again"):
+            if number % 16 == 0 or path != opened:
+                file, opened = optional("safetensors").safe_open(path, "pt"), path
+                said[path] = (file.metadata() or {}).get("sum")
+            tensor = file.get_tensor(name)
+            require(not tensor.isnan().any(), name, "NaN", "numbers")
+            if said[path]:
+                sums[path] = sums.get(path, 0) + checksum(name, tensor)
+            views[name].copy_(tensor)
+    for path, total in sums.items():
+        require(str(total) == said[path], f"the sum of {path}", total, f"{said[path]}: fetch it again")
+
+
+def checksum(name: str, tensor: Tensor) -> int:
+    """Of a contiguous tensor on the CPU, at 2 GB/s. A file's "sum" is that over its tensors."""
+    return zlib.crc32(tensor.view(torch.uint8).numpy(), zlib.crc32(name.encode()))
 
 
 def family_of(config: dict, defaults: dict, free: Iterable[str]) -> str:
@@ -418,8 +483,9 @@ def write_tensors(folder: Path, views: dict[str, Tensor], shard_bytes: int) -> N
     for number, names in enumerate(shards.values(), start=1):
         part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         file = f"model{part}.safetensors"
-        copies = (views[name].cpu().clone(memory_format=contiguous) for name in names)
-        save_file(dict(zip(names, copies, strict=True)), folder / file, metadata={"format": "pt"})
+        copies = {name: views[name].cpu().clone(memory_format=contiguous) for name in names}
+        total_sum = sum(checksum(name, copy) for name, copy in copies.items())
+        save_file(copies, folder / file, metadata={"format": "pt", "sum": str(total_sum)})
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}

@@ -42,17 +42,22 @@ def read_texts(paths: dict[str, Path]) -> dict[str, str]:
     return texts
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, line ends as "\\n". ValueError: cannot be read, or not text."""
+def read_text(path: str | Path | int, name: str = "") -> str:
+    """The text of a UTF-8 file, or of one that is open (0 is standard input), line ends as "\\n".
+
+    ValueError, which calls it `name`: cannot be read, or not text.
+    """
+    name = name or str(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with open(path, "rb", closefd=path != 0) as file:
+            text = file.read().decode("utf-8-sig")
     except OSError as err:
-        raise ValueError(f"{path} cannot be read ({err.strerror}): correct the path") from err
+        raise ValueError(f"{name} cannot be read ({err.strerror}): correct the path") from err
     except UnicodeDecodeError as err:
         wrong = err.object[err.start]
-        raise ValueError(f"{path} is not UTF-8 text: byte {err.start} is {wrong:#04x}") from None
+        raise ValueError(f"{name} is not UTF-8 text: byte {err.start} is {wrong:#04x}") from None
     if "\0" in text:
-        raise ValueError(f"{path} is not text: it has a zero byte")
+        raise ValueError(f"{name} is not text: it has a zero byte")
     return text.replace("\r\n", "\n")
 
 

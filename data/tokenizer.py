@@ -16,6 +16,7 @@ import rustbpe
 import tiktoken
 
 from config import require
+from config.check import COUNT, check, door
 from data.hugging_face import HFTokenizer, hf_tokenizer, is_hugging_face
 from data.source import pieces, sample
 
@@ -25,6 +26,10 @@ MAX_VOCAB = 2**16  # of what is trained here; ids are then stored as uint16
 # Text is cut into these pieces, and no token reaches beyond one. Made for code: a word takes along the space
 # or underscore before it, line breaks the indentation after them, and numbers come in pairs of digits.
 SPLIT = r"[ _]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\n+[ \t]*|[ \t]+|\s+"
+
+
+# Tokenizer.meta, for check.
+DESCRIPTION = {"name": str, "pattern": str, "ranks": [str], "special": {str: COUNT, END_OF_TEXT: COUNT}}
 
 
 class Tokenizer:
@@ -38,17 +43,20 @@ class Tokenizer:
     start: tuple[int, ...] = ()  # ids before every text
 
     def __init__(self, meta: dict):
-        try:
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(meta["ranks"])}
-            self.meta, self.name, self.eot = meta, meta["name"], meta["special"][END_OF_TEXT]
-            self._encoding = tiktoken.Encoding(
-                self.name, pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special"]
-            )
-        except (KeyError, TypeError, ValueError) as err:
-            why = f"{type(err).__name__} {err}"
-            raise ValueError(f"this is not the description of a tokenizer: {why}") from err
-        self._ranks, self.vocab_size = ranks, len(ranks) + len(meta["special"])
+        check(meta, DESCRIPTION, "tokenizer")
+        ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(meta["ranks"])}
+        self.meta, self.name, self.eot = meta, meta["name"], meta["special"][END_OF_TEXT]
+        ids = sorted([*ranks.values(), *meta["special"].values()])
+        distinct = ids == list(range(len(meta["ranks"]) + len(meta["special"])))
+        require(distinct, "tokens of the tokenizer", "repeated or with gaps", "one for each id from 0 on")
+        self._encoding = tiktoken.Encoding(
+            self.name, pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special"]
+        )
+        self._ranks, self.vocab_size, self.stops = ranks, len(ids), (self.eot,)
         self._known_bytes = frozenset(token[0] for token in ranks if len(token) == 1)
+        self._encoding.encode_ordinary(
+            bytes(sorted(self._known_bytes & {*range(128)})).decode()
+        )  # it may panic
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; "<|endoftext|>" inside it is ordinary text. ValueError names unknown characters."""
@@ -99,10 +107,12 @@ class Tokenizer:
 AnyTokenizer = Tokenizer | HFTokenizer
 
 
-def make_tokenizer(meta: dict) -> AnyTokenizer:
-    """The tokenizer that a dataset or a checkpoint describes. ValueError if it describes none."""
+def make_tokenizer(meta: dict, where: str | Path = "the description of a tokenizer") -> AnyTokenizer:
+    """The tokenizer that a dataset or a checkpoint describes. ValueError, which names the file `where`, if it
+    describes none."""
     is_hf = isinstance(meta, dict) and meta.get("kind") == "hf"
-    return HFTokenizer(meta) if is_hf else Tokenizer(meta)
+    with door(where):
+        return HFTokenizer(meta) if is_hf else Tokenizer(meta)
 
 
 def train_bpe(
@@ -157,10 +167,8 @@ def choose_tokenizer(choice: str, texts: Sequence[str], vocab_size: int, name: s
     if not path.is_file():
         known = "bpe nor gpt2 nor the meta.json of a dataset nor a Hugging Face folder or OWNER/MODEL"
         raise ValueError(f"--tokenizer={choice} is neither {known}")
-    try:
-        return make_tokenizer(json.loads(path.read_text(encoding="utf-8"))["tokenizer"])
-    except (KeyError, TypeError, ValueError) as err:
-        raise ValueError(f"{path} holds no tokenizer; give the meta.json of a prepared dataset") from err
+    with door(path, "give the meta.json of a prepared dataset"):
+        return make_tokenizer(dict(json.loads(path.read_text(encoding="utf-8"))).get("tokenizer"))
 
 
 def _meta(kind: str, name: str, pattern: str, tokens: list[bytes], special: dict[str, int]) -> dict:

@@ -45,9 +45,14 @@ def answer(lab: Lab) -> list[dict]:
     config = lab.config
     model, tokenizer, folder = solve.open_model(lab, "out/finetune_olmoe_gsm8k", config.k)
     dataset = data.load(config.dataset)
-    problems = read_test(dataset.folder / "test.jsonl")[: config.problems]
+    tests = read_test(dataset.folder / "test.jsonl")
+    require(
+        (config.problems or 0) <= len(tests), "problems", config.problems, f"at most {len(tests)}, or none"
+    )
+    problems = tests[: config.problems]
     before = examples(dataset, config.shots)
     prompts = [before + prompt_of(problem.prompt) for problem in problems]
+    note_lengths([len(tokenizer.encode(prompt)) for prompt in prompts], model.config.block_size)
     router = config.router or ROUTERS[model.config.router].decode
     name = f"gsm8k-{router}-{config.shots}shot-{identity(model, lab.dtype, router, before)}.jsonl"
     answers = read_answers(folder / name)
@@ -65,6 +70,15 @@ def answer(lab: Lab) -> list[dict]:
     return [solve.score(f"{folder}, K={model.config.k}, router {router}, {config.shots} examples", solved)]
 
 
+def note_lengths(lengths: list[int], block_size: int) -> None:
+    """Say how many prompts of these lengths, in tokens, leave too little room for an answer."""
+    long = sum(length + ANSWER_TOKENS > block_size for length in lengths)
+    if long:
+        what = f"{long} of {len(lengths)} prompts (up to {max(lengths)} tokens)"
+        what = f"{what} and {ANSWER_TOKENS} tokens of answer"
+        print(f"note: {what} are more than block_size = {block_size}, which the model was trained for")
+
+
 def read_test(path: Path) -> list[Pair]:
     """Problems with their answers. Raises ValueError for an answer without its "#### RESULT"."""
     if not path.is_file():
@@ -79,6 +93,7 @@ def read_test(path: Path) -> list[Pair]:
 def examples(dataset: data.Dataset, shots: int) -> str:
     """The first problems of the training set with their answers, each with an empty line after it."""
     ends = (dataset.train == dataset.tokenizer.eot).nonzero()[0][:shots]
+    require(len(ends) == shots, "shots", shots, f"at most {len(ends)}, the problems of the training set")
     texts = (dataset.tokenizer.decode(dataset.train[a:b]) for a, b in zip([0, *(ends + 1)], ends))
     return "".join(text[text.index("Question:") :] + "\n\n" for text in texts)  # without <s> and the like
 

@@ -15,10 +15,12 @@ from tqdm import tqdm
 import data
 from config import results
 from data import AnyTokenizer
-from data.arithmetic.prepare import FINAL_ANSWER, is_correct, prompt_of
+from data.arithmetic.prepare import is_correct, prompt_of
 from model import Chunk, MoEGPT, load_checkpoint
 
-FINAL_LINE = re.compile(FINAL_ANSWER.pattern + r"\s")  # as FINAL_ANSWER, and no more digits can follow
+FINAL_LINE = re.compile(
+    r"####[^\n]*[0-9][^\n]*\n"
+)  # of which data.arithmetic.prepare.result_of takes the number
 CHECK_EVERY = 16  # tokens from one look for final answers to the next
 Solved = tuple[bool, float]  # whether an answer is right, and its mean experts per token
 
@@ -51,7 +53,7 @@ def open_model(machine: results.Machine, run: str, k: int | None = None) -> tupl
         path = Path(name or run)
         path = path / "best.pt" if path.suffix != ".pt" else path
         checkpoint, folder = load_checkpoint(path), path.parent
-        tokenizer = data.make_tokenizer(checkpoint.get("tokenizer"))
+        tokenizer = data.make_tokenizer(checkpoint.get("tokenizer"), path)
         model = MoEGPT.from_checkpoint(checkpoint)
     model = model.to(machine.device).cast(machine.dtype).eval()
     return with_k(model, k) if k else model, tokenizer, folder
@@ -101,7 +103,7 @@ def answer_prompts(
     idx, active = pad(ids).to(device), pad([torch.ones_like(p).bool() for p in ids]).to(device)
     cache = model.new_cache(len(prompts), idx.shape[1] + room, router)
     chunks = []
-    for chunk in model.generate(idx, room, cache, temperature=0, stop=tokenizer.eot, active=active):
+    for chunk in model.generate(idx, room, cache, temperature=0, stop=tokenizer.stops, active=active):
         chunks.append(chunk)
         if len(chunks) % CHECK_EVERY == 0:
             texts = continuations(tokenizer, chunks)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from config import bad_input_exits, help_text, parse
+from config.device import pick_compile
 
 ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
@@ -293,3 +294,16 @@ def test_a_closed_pipe_is_no_error(script):
     run.stdout.close()
     assert run.stderr.read() == b"" and run.wait() == 1
     run.stderr.close()
+
+
+@pytest.mark.parametrize("text", ["False", "false"])
+def test_compile_is_written_as_switches_are(text):
+    """In any case."""
+    assert pick_compile(text, torch.device("cpu"), torch.float32) == (False, "as asked")
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(capsys):
+    """In a message its control characters are replaced."""
+    with pytest.raises(SystemExit), bad_input_exits():
+        raise ValueError("a\x1b[2Jb")
+    assert capsys.readouterr().err == "error: a\ufffd[2Jb\n"

@@ -124,10 +124,17 @@ def test_what_tokenizers_refuse(bpe, dataset):
     for size in (256, 65537):
         refused(f"vocab_size is {size}, but must be 257 to 65536", train_bpe, ["a"], size, "x")
     for meta in ({}, {"name": "x", "ranks": 3}, {**bpe.meta, "special": {}}):
-        refused("not the description of a tokenizer", make_tokenizer, meta)
+        refused("the description of a tokenizer: ", make_tokenizer, meta)
     refused("--tokenizer=gtp2 is neither", choose_tokenizer, "gtp2", [TEXT], 300, "x")
     (dataset / "meta.json").write_text("[]")
-    refused("holds no tokenizer", choose_tokenizer, str(dataset), [TEXT], 300, "x")
+    refused(
+        "tokenizer is None, but must be a dictionary; give the meta.json",
+        choose_tokenizer,
+        str(dataset),
+        [TEXT],
+        300,
+        "x",
+    )
 
 
 def test_sample_is_spread_evenly():
@@ -197,6 +204,8 @@ def byte_fallback(tmp_path):
     tokenizer.add_special_tokens(special)
     template = tokenizers.processors.TemplateProcessing
     tokenizer.post_processor = template(single="<s> $A", special_tokens=[("<s>", 1)])
+    (tmp_path / "byte_fallback").mkdir()
+    (tmp_path / "byte_fallback" / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     return save_hf(tmp_path / "byte_fallback", tokenizer)
 
 
@@ -218,7 +227,7 @@ def test_byte_fallback_tokenizer_of_a_model(byte_fallback, tmp_path):
     A document begins as every text does, however long it is."""
     tokenizer = hf_tokenizer(byte_fallback)
     ids = tokenizer.encode("a b\u00e9\n")
-    assert tokenizer.start == (1,) and ids[0] == 1 and tokenizer.eot == 2
+    assert tokenizer.start == (1,) and ids[0] == 1 and tokenizer.eot == 2 and tokenizer.stops == (2, 1, 5)
     assert tokenizer.decode(ids[1:]) == " a b\u00e9\n"
     assert tokenizer.token_bytes[ids].sum() == len(" a b\u00e9\n".encode())
     assert tokenizer.encode_array("a b\u00e9\n").tolist() == ids[1:]
@@ -248,10 +257,17 @@ def edit(folder, key, value):
     ("damage", "words"),
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is not a tokenizer.json"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "names no end-of-text"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json: model is missing"),
+        (
+            lambda folder: [path.write_text("{}") for path in folder.glob("*config.json")],
+            "names no end-of-text",
+        ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is damaged"),
         (lambda folder: edit(folder, "decoder", {"type": "Fuse"}), "no decoder of the kind ByteLevel"),
+        (
+            lambda folder: edit(folder, "added_tokens", [{"id": 2, "content": 7}]),
+            "added_tokens.0.content is 7",
+        ),
     ],
 )
 def test_bad_tokenizers_of_models(byte_fallback, damage, words):
@@ -466,7 +482,7 @@ def test_what_is_no_dataset_is_refused(dataset):
     train.unlink()
     refused("has no train.bin", load, str(dataset))
     meta.write_text("{}")
-    refused("not the meta.json of a dataset", load, str(dataset))
+    refused("meta.json: files is missing, .*; prepare it again", load, str(dataset))
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path, bpe):
@@ -540,28 +556,33 @@ def test_splits_never_overlap(splits):
     assert arithmetic.make_splits(100, 7)[2] == splits[2] != arithmetic.make_splits(100, 8)[2]
 
 
-@pytest.mark.parametrize(
-    ("generated", "result"),
-    [
-        (" Now Tom has 12 + 7 = 19 pies.\n#### 19", 19),
-        ("#### 19\nQuestion: and so on\n#### 20", 19),
-        ("####19<|endoftext|>", 19),
-        ("#### 19.", 19),
-        ("#### 1,9", 19),
-        ("#### 1,234", 1234),
-        ("#### 190", 190),
-        ("#### 19.5", None),
-        ("#### -19", -19),
-        ("12 + 7 = 19", None),
-        ("####\n19", None),
-        ("#### nineteen #### 19", 19),
-        ("", None),
-    ],
-)
-def test_the_result_of_an_answer(generated, result):
-    """Only the first "#### <integer>" counts; thousands may be written with commas."""
-    assert arithmetic.result_of(generated) == result
-    assert arithmetic.is_correct(generated, 19) is (result == 19)
+ANSWERED = {  # what may stand behind "####"
+    19: (
+        " 19;19<|endoftext|>; 19.; 19\nQuestion: and so on\n#### 20; nineteen #### 19; $19; 19.00; **19**;"
+        " **19; `19`; (19); +19; €19; 19 €; $19$; \\$19; 19\\%; 19%; \\boxed{19}; $\\boxed{19}$;"
+        " 19 dollars; 19, or so; 19 (nineteen); 019; x = 19; Answer: 19; The answer is 19; $$19$$;"
+        " 19 kg; 19\n2 more; 19 boxes"
+    ),
+    -19: " -19; \u221219; -$19; $-19; - 19",
+    1234: " 1,234; 1 234; 1\u202f234; 1'234; 1{,}234; $1\\,234$; 1,234.00; 1234.0",
+    19000: " 19 thousand; 19k; $19 thousand; 19,000",
+    19.5: " 19.5; $19.50; 019.5",
+    0.5: " .5; 0.50",
+    None: (
+        " 1,9; 19/2; 19 1/2; 19-20; 19 - 20; 19 to 20; 19 or 20; 19 and 20; 3:19; 1e19; 2^19; 19 x 2; 19=19;"
+        " 12 + 7 = 19; 19.0.1; 1,23,456; 1234,567; nineteen;\n19; 19,5; "
+    ),
+}
+
+
+@pytest.mark.parametrize("number", ANSWERED)
+def test_the_result_of_an_answer(number):
+    """The first "####" with a number counts, however people and models write it, and what only begins like a
+    number is none; without "####" there is none."""
+    for text in ANSWERED[number].split(";"):
+        assert arithmetic.result_of(f"12 + 7 = 19\n####{text}") == number, text
+        assert arithmetic.is_correct(f"####{text}", 19) is (number == 19), text
+    assert arithmetic.result_of("12 + 7 = 19") is None
 
 
 def test_arithmetic_files(tmp_path, monkeypatch, splits):
@@ -601,6 +622,18 @@ def test_textfile_splits_a_file_at_a_line(tmp_path):
     [train], [val] = texts(run(textfile, tmp_path / "book.txt", tmp_path / "out"))
     assert train + val == TEXT and train.endswith("\n")
     assert len(val) / len(TEXT) == pytest.approx(0.1, abs=0.01)
+
+
+def test_textfile_splits_at_a_marker(tmp_path, capsys):
+    """Documents that a marker joins in one file are documents, without it and the space around it; a marker
+    of end-of-text that nobody asked to split at is said."""
+    stories = [f"Story {i}.\nIt has {i * 37} words.\n" for i in range(100)]
+    (tmp_path / "stories.txt").write_text(f"\n{END_OF_TEXT}\n".join([*stories, ""]))
+    train, val = texts(run(textfile, tmp_path / "stories.txt", tmp_path / "a", f"--split_on={END_OF_TEXT}"))
+    assert sorted(train + val) == sorted(map(str.strip, stories)) and 1 <= len(val) <= 20
+    assert "note" not in capsys.readouterr().out
+    run(textfile, tmp_path / "stories.txt", tmp_path / "b")
+    assert f"--split_on='{END_OF_TEXT}'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["title\n" + "word " * 500, "word " * 500 + "\nend\n", "word " * 500])
@@ -687,6 +720,7 @@ def test_bad_sources(dataset, tmp_path_factory, script, content, words):
         (textfile, [], "say what to read"),
         (textfile, ["--source=x", "--val_fraction=0"], r"val_fraction is 0\.0"),
         (textfile, [f"--source={__file__}", "--vocab_size=9"], "vocab_size is 9"),
+        (textfile, [f"--source={__file__}", "--split_on="], "split_on is '', but must be a text, or none"),
         (textfile, [f"--source={__file__}", "--tokenizer=nowhere.json"], "nowhere.json is neither"),
     ],
 )

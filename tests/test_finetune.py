@@ -323,6 +323,16 @@ def test_what_was_learned_is_solved(tmp_path, capsys):
     assert row["problems"] == 12 and row["exact match"][0] > 0.7
 
 
+def test_prompts_that_do_not_fit_are_counted(capsys):
+    """With room for an answer; nothing is said where all fit."""
+    gsm8k.note_lengths([10, 112], 512)
+    assert capsys.readouterr().out == ""
+    gsm8k.note_lengths([10, 113, 600], 512)
+    assert capsys.readouterr().out.startswith(
+        "note: 2 of 3 prompts (up to 600 tokens) and 400 tokens of answer "
+    )
+
+
 def test_generation_ends_after_the_final_answers():
     """Nothing is generated for long once all rows have ended or written the line of their final answer."""
     tokenizer = data.train_bpe(["ab"], 257, "x")
@@ -410,7 +420,7 @@ def test_what_cannot_be_tuned(olmoe, dataset, problems, capsys, tmp_path):
 
 
 @needs_hf
-def test_what_cannot_be_measured(olmoe, capsys, tmp_path):
+def test_what_cannot_be_measured(olmoe, dataset, capsys, tmp_path):
     """A model without a tokenizer, switch without a text, gsm8k without a run: one line each."""
     bare = shutil.copytree(olmoe, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
@@ -418,5 +428,11 @@ def test_what_cannot_be_measured(olmoe, capsys, tmp_path):
         (switch, flags(init_from=bare, text="x"), "tokenizer.json is missing"),
         (switch, flags(init_from=tmp_path), "text is None"),
         (gsm8k, flags(init_from=tmp_path), "no checkpoint at"),
+        (
+            gsm8k,
+            flags(init_from=olmoe, dataset=dataset, problems=999),
+            "problems is 999, but must be at most",
+        ),
+        (gsm8k, flags(init_from=olmoe, dataset=dataset, shots=999), "shots is 999, but must be at most"),
     ):
         assert words in error_line(capsys, partial(lab.main, question.answer, question.Options), *argv)

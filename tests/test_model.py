@@ -763,6 +763,19 @@ def test_a_checkpoint_opens_under_another_router(saved):
     assert torch.equal(topk(idx)[0], MoEGPT.from_checkpoint(checkpoint)(idx, router="topk")[0])
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"n_expert": 1, "k": 1}, {"n_kv_head": 2, "head_width": 10, "tie_embeddings": True}]
+    + [{"shared_hidden": 24, "shared_gate": True, "n_dense_layer": 1, "n_layer": 3}],
+    ids=str,
+)
+def test_the_weights_are_counted_before_a_model_is_made(sizes):
+    """All but the vectors."""
+    config = MoEConfig(vocab_size=48, **sizes)
+    matrices = [weight.numel() for weight in MoEGPT(config).parameters() if weight.dim() > 1]
+    assert config.n_matrix_weights == sum(matrices)
+
+
 ARCHITECTURES = (
     "n_embd=64; n_layer=2; n_layer=3 n_dense_layer=1; vocab_size=50; n_expert=16; n_expert=1 k=1; "
     "n_hidden=24; shared_hidden=0; shared_hidden=32; qk_norm=head; n_kv_head=2; head_width=16; "
@@ -774,7 +787,7 @@ ARCHITECTURES = (
 def test_another_architecture_is_refused(saved, change):
     """Weights that do not fit the changed config are a ValueError of one line that says which."""
     changes, _ = parse([f"--{setting}" for setting in change.split()], MoEConfig)
-    with pytest.raises(ValueError, match=r"\A.*checkpoint.*\Z") as refused:
+    with pytest.raises(ValueError, match=r"\A.*(checkpoint|last.pt).*\Z") as refused:
         MoEGPT.from_checkpoint(load_checkpoint(saved), **changes)
     assert len(str(refused.value)) < 300
 

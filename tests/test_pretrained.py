@@ -171,6 +171,43 @@ def test_weights_are_kept_bit_for_bit(dtype, tmp_path):
             assert there.dtype == weight.dtype and torch.equal(there, weight), name
 
 
+@pytest.mark.parametrize("variant", ["olmoe", "qwen2 grouped, normalised", "qwen3", "mixtral"])
+def test_fused_experts_open(variant, tmp_path):
+    """transformers 5 can save a layer's experts as one tensor, and then Mixtral has the others' names."""
+    theirs = build(variant)
+    theirs.save_pretrained(tmp_path, save_original_format=False)
+    if not any("gate_up_proj" in name for name in safetensors.load_file(tmp_path / "model.safetensors")):
+        pytest.skip("this transformers does not fuse")
+    assert same(MoEGPT.from_pretrained(tmp_path), theirs)
+
+
+def test_tensors_that_say_nothing_new_are_let_be(tmp_path):
+    """A head that repeats the tied embedding, and frequencies of rotary embeddings."""
+    theirs = build("olmoe normalised, tied")
+    theirs.save_pretrained(tmp_path)
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    safetensors.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert same(MoEGPT.from_pretrained(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("how", ["NaN", "a bit flips"])
+def test_weights_that_went_bad_are_named(how, folder, tmp_path):
+    """NaN in any file, and a bit that flipped in one that was written here."""
+    ours = MoEGPT.from_pretrained(folder)
+    if how == "NaN":
+        ours.norm.weight.data[3] = torch.nan
+    ours.save_pretrained(tmp_path / "ours")
+    file = tmp_path / "ours" / "model.safetensors"
+    if how == "a bit flips":
+        whole = bytearray(file.read_bytes())
+        whole[len(whole) // 2] ^= 1
+        file.write_bytes(whole)
+    message = refusal(MoEGPT.from_pretrained, tmp_path / "ours")
+    assert str(file) in message and ("norm.weight is NaN" if how == "NaN" else "the sum of") in message
+
+
 OLD = {"rope_parameters": ..., "dtype": ..., "torch_dtype": "float32", "rope_scaling": None}
 LEFT_OUT = ("norm_topk_prob", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "hidden_act")
 
@@ -302,7 +339,9 @@ def refusal(call, *args, **changes) -> str:
         ({"intermediate_size": 32}, r"experts.0.gate_proj.weight .* \(24, 32\), .* \(32, 32\)"),
         ({"num_hidden_layers": 3}, "model.layers.2.* missing"),
         ({"num_hidden_layers": 1}, "model.layers.1.* absent"),
-        ({"tie_word_embeddings": True}, "lm_head.weight .* absent"),
+        ({"tie_word_embeddings": True}, "lm_head.weight .* another than the embedding"),
+        ({"num_hidden_layers": 10**30}, r"config.json: n_layer is 10+, .* whole number"),
+        ({"num_hidden_layers": 10**18}, r"needs at least [\d,]+ GB of memory, but cpu has"),
     ],
     ids=str,
 )
@@ -310,6 +349,11 @@ def test_what_cannot_be_expressed_is_refused(folder, changes, words):
     """A config.json that asks for what model.py does not have, or for other tensors, is refused by name."""
     change_json(folder / "config.json", **changes)
     assert re.search(words, refusal(MoEGPT.from_pretrained, folder))
+
+
+def point(index: Path, file: str) -> None:
+    """Have an index name this file for every tensor."""
+    change_json(index, weight_map=dict.fromkeys(json.loads(index.read_text())["weight_map"], file))
 
 
 INDEX = "model.safetensors.index.json"
@@ -323,11 +367,13 @@ POINTER = "version https://git-lfs.github.com/spec/v1"
         (lambda folder, one, two: one.write_bytes(one.read_bytes()[:-9]), "damaged"),
         (lambda folder, one, two: one.write_text(POINTER), "damaged"),
         (lambda folder, one, two: (folder / INDEX).write_text("{"), "damaged"),
-        (lambda folder, one, two: (folder / INDEX).write_text("{}"), "is missing, but must be ("),
+        (lambda folder, one, two: (folder / INDEX).write_text("{}"), "weight_map is missing"),
         (lambda folder, one, two: (folder / INDEX).unlink(), "model.safetensors is missing"),
         (lambda folder, one, two: (folder / "config.json").write_bytes(b"\xff"), "damaged"),
         (lambda folder, one, two: (folder / "config.json").write_text("[1]"), "damaged"),
         (lambda folder, one, two: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder, one, two: point(folder / INDEX, f"../{folder.name}/{one.name}"), "the same folder"),
+        (lambda folder, one, two: point(folder / INDEX, str(one)), "the same folder"),
         (lambda folder, one, two: one.write_bytes(two.read_bytes()), "is missing, but must be ("),
     ],
 )

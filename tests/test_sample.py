@@ -16,7 +16,7 @@ import torch
 from runs import error_line
 
 import sample
-from config import help_text
+from config import help_text, printable
 from data import train_bpe
 from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
 from router import ROUTERS
@@ -139,7 +139,7 @@ def test_prints_what_the_model_generated(say, run, tokenizer):
     idx = torch.tensor([tokenizer.encode(PROMPT)])
     chunks = list(model.generate(idx, 12, None, 0.9, 50, 0.9, stop=tokenizer.eot, generator=generator))
     text = tokenizer.decode(torch.cat([chunk.tokens for chunk in chunks], 1)[0])
-    assert body(out) == sample.CONTROL.sub("\ufffd", text)
+    assert body(out) == printable(text)
     experts = torch.cat([chunk.n_taken for chunk in chunks], 1).float().mean()
     assert f"{len(chunks) - 1} new tokens, " in out and f", {experts:.2f} experts per token" in out
 
@@ -159,10 +159,11 @@ def test_ends_with_a_summary(say, run, tokenizer):
 
 
 def test_every_way_to_give_a_prompt(say, stdin, tmp_path):
-    """The same text as an argument, FILE: or -, with its newlines, leads to the same sample. Without a prompt
-    the text begins after end-of-text, which is not printed."""
+    """The same text as an argument, FILE: or -, with its newlines, leads to the same sample, also where a
+    file has a byte order mark and other line ends, as training text may. Without a prompt the text begins
+    after end-of-text, which is not printed."""
     path = tmp_path / "prompt.txt"
-    path.write_text(PROMPT + "\n")
+    path.write_bytes(b"\xef\xbb\xbf" + (PROMPT + "\n").replace("\n", "\r\n").encode())
     expected = body(say(f"--prompt={PROMPT}\n"))
     assert expected.startswith(PROMPT + "\n")
     assert body(say(f"--prompt=FILE:{path}")) == expected
@@ -320,7 +321,7 @@ def test_ctrl_c_stops_and_sums_up(say, monkeypatch, tmp_path, after):
     ("argv", "words"),
     [
         ("--prompt=", "prompt is empty"),
-        ("--prompt=FILE:nowhere.txt", "nowhere.txt cannot be read: No such file"),
+        ("--prompt=FILE:nowhere.txt", "nowhere.txt cannot be read (No such file"),
         ("--prompt=FILE:.", "cannot be read"),
         ("--prompt=a\udcff", "surrogate"),
         ("--temperature=-0.1", "temperature is -0.1"),
@@ -346,7 +347,9 @@ def test_bad_input(fails, argv, words):
     assert words in fails(*argv.split())
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"", "prompt is empty"), (b"\xff\xfea", "not UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "prompt is empty"), (b"\xff\xfea", "not UTF-8"), (b"a\0", "zero byte")]
+)
 def test_bad_prompt_file(fails, stdin, tmp_path, content, words):
     """An empty prompt, or one that is not text, is refused wherever it comes from."""
     path = tmp_path / "prompt"
@@ -374,6 +377,13 @@ def test_bad_checkpoint(fails, tmp_path, tokenizer, damage):
     else:
         path.write_bytes({"truncated": path.read_bytes()[:-500], "empty": b"", "text": b"hello\n"}[damage])
     assert ("tokenizer" if damage == "no tokenizer" else "best.pt") in fails(out_dir=path.parent)
+
+
+def test_a_run_is_no_hugging_face_model(fails, tmp_path, tokenizer):
+    """The message says which setting takes it."""
+    run = write_run(tmp_path / "run", "last.pt", tokenizer=tokenizer)
+    for name in (run, run / "last.pt"):
+        assert "give the run's folder as --out_dir" in fails(f"--init_from={name}")
 
 
 @pytest.mark.parametrize(("removed", "words"), [("tokenizer.json", "tokenizer"), ("config.json", "config")])

@@ -40,7 +40,7 @@ from runs import (
 
 import data
 import train
-from config import parse
+from config import parse, printable
 from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
 from router import ROUTERS, Routing
 from train import TrainConfig
@@ -296,7 +296,7 @@ def test_ends_with_a_sample(printed, dataset):
     tokenizer, generator = data.load(str(dataset)).tokenizer, torch.Generator().manual_seed(1337)
     prompt = torch.tensor([tokenizer.encode("def ")])
     chunks = list(model.generate(prompt, 20, stop=tokenizer.eot, generator=generator))
-    assert text == tokenizer.decode(torch.cat([chunk.tokens for chunk in chunks], 1)[0]) + "\n"
+    assert text == printable(tokenizer.decode(torch.cat([chunk.tokens for chunk in chunks], 1)[0])) + "\n"
 
 
 def test_the_folder_is_named_after_the_config_file(dataset, tmp_path, monkeypatch):
@@ -864,6 +864,32 @@ def test_another_vocabulary_is_refused(fails, topk_run, tmp_path, how):
     assert "vocabulary" in err and str(other) in err
 
 
+def test_other_tokens_under_the_same_name_are_not_trained_on(fails, start, dataset, tmp_path):
+    """A dataset that was prepared anew with another split is no longer the run's, whatever its source; one
+    that was prepared anew and is the same still is, as is that of a run that kept the source's sum."""
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    run, tokenizer = start(dataset=folder, max_iters=2), data.load(str(dataset)).tokenizer
+    argv = flags(init_from="resume", out_dir=run, max_iters=3)
+    write_dataset(folder)
+    train.main(argv)
+    data.write_dataset(folder, ["".join(TEXT[:61])], TEXT[61:81], tokenizer, "0" * 64)
+    assert "prepared anew, with other tokens" in fails(*argv)
+    last = torch.load(run / "last.pt", weights_only=True)
+    del last["data_sha256"]
+    torch.save(last, run / "last.pt")
+    train.main(flags(init_from="resume", out_dir=run, max_iters=4))
+
+
+def test_what_is_said_of_settings_that_leave_nothing(start, capsys):
+    """Warm-up that never ends, a run that is finished, and no experts to show in a dense model."""
+    run = start(max_iters=2, warmup_iters=9, sample_tokens=2, **DENSE)
+    out = capsys.readouterr().out
+    assert "warm-up takes all 2: lower --warmup_iters" in out
+    assert out.endswith(f"--- more: python sample.py --out_dir={run}\n")
+    train.main(flags(init_from="resume", out_dir=run))
+    assert "all 2 iterations are done: go on with a higher --max_iters" in capsys.readouterr().out
+
+
 # ---- bad input
 
 
@@ -900,6 +926,11 @@ def test_what_no_number_may_be():
         ("--vocab_size=301", "vocab_size is 301, but must be 0 or the data's 300"),
         ("--block_size=100000", "fewer than one window of block_size + 1 = 100001"),
         ("--seed=1000000000000000000000000000000", "seed"),
+        (f"--max_iters=1{400 * '0'}", "is not allowed; give a whole number such as 8, below 2**63"),
+        ("--n_embd=2147483648", "needs at least "),
+        ("--n_layer=2147483648", "GB of memory, but cpu has "),
+        ("--batch_size=1000000000000", "training with these sizes and this batch_size needs at least "),
+        ("--min_lr=1", "min_lr is 1.0, but must be from 0 to learning_rate = 0.01, or none"),
         ("--router=remoe --score_fn=relu --bias_rate=0.1", "router remoe needs bias_rate=0"),
         ("--router=expert_threshold --score_fn=sigmoid --bias_rate=0.1", "needs bias_rate=0"),
         ("--router=top_p --bias_rate=0.1", "router top_p needs bias_rate=0"),
@@ -931,8 +962,8 @@ def test_bad_settings(fails, topk_run, dataset, tmp_path, argv, words):
         ("empty", "train.bin has 0 bytes"),
         ("truncated", "train.bin has "),
         ("foreign id", "holds token id 300; its tokenizer has ids 0..299 only"),
-        ("short", "fewer than one window of block_size + 1 = 33"),
-        ("short val", "fewer than one window of block_size + 1 = 33"),
+        ("short", "train.bin: 4 tokens are fewer than one window of block_size + 1 = 33"),
+        ("short val", "val.bin: 4 tokens are fewer than one window of block_size + 1 = 33"),
     ],
 )
 def test_bad_data(fails, dataset, topk_run, tmp_path, damage, words):

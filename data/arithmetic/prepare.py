@@ -21,6 +21,7 @@ import random
 import re
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -34,7 +35,18 @@ VOCAB_SIZE = 512
 SPLIT = r" ?\p{L}+|\p{N}|\n| ?[^\s\p{L}\p{N}]+|\s"  # a digit is a token; so is the space before a number
 TEST_PER_LEVEL = 300
 VAL_FRACTION = 0.02
-FINAL_ANSWER = re.compile(r"####[ \t]*(-?[0-9][0-9,]*)(?!\.?[0-9])")
+# The number of a line "#### ...", as people and models write it: after "=", ":" or "is"; with a currency, in
+# bold or LaTeX; with groups of three digits, decimals, a scale, a unit. What makes another number of it must
+# not follow: "1/2", "7-8", "3:30", "2 or 3", "1e3", "1,9".
+MARKS = r"(?:[*_`$€£\\{}()\[\] \t\u00a0\u202f]|boxed|text|USD)*"
+BETWEEN = r"(?:[-+/^:*=x\u00d7\u00f7\u2212\u2013]|to|or|and)?"
+FINAL_ANSWER = re.compile(
+    rf"####(?:[^\n\d]*?(?:[:=]|\bis\b))?{MARKS}(?P<sign>[-+\u2212\u2013]?){MARKS}"
+    r"(?P<digits>[0-9]{1,3}(?:(?:,|\{,\}|\\,|[ \u00a0\u202f'])[0-9]{3})+|[0-9]+)?(?P<decimals>\.[0-9]+)?"
+    rf"(?![0-9]|[,.][0-9]|{MARKS}{BETWEEN}{MARKS}[0-9]|e[-+]?[0-9])"
+    rf"{MARKS}(?P<scale>(?:thousand|million|billion|k)\b)?"
+)
+SCALES = {None: 1, "k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 @dataclass(frozen=True)
@@ -83,14 +95,18 @@ def prompt_of(question: str) -> str:
     return f"Question: {question}\nAnswer:"
 
 
-def is_correct(generated: str, result: int) -> bool:
+def is_correct(generated: str, result: Fraction) -> bool:
     return result_of(generated) == result
 
 
-def result_of(text: str) -> int | None:
-    """The integer of the first "#### <integer>" in a text, commas in it allowed; None if there is none."""
-    match = FINAL_ANSWER.search(text)
-    return match and int(match[1].replace(",", ""))
+def result_of(text: str) -> Fraction | None:
+    """The number of the first "#### NUMBER" in a text (FINAL_ANSWER); None if there is none."""
+    for match in FINAL_ANSWER.finditer(text):
+        if match["digits"] or match["decimals"]:
+            digits = re.sub("[^0-9]", "", match["digits"] or "0") + (match["decimals"] or "")
+            sign = -1 if match["sign"] in ("-", "\u2212", "\u2013") else 1
+            return sign * Fraction(digits) * SCALES[match["scale"]]
+    return None
 
 
 def normalized(question: str) -> str:

@@ -6,10 +6,11 @@
 To fine-tune a checkpoint on new text give it the tokenizer of the checkpoint's dataset, as in the second
 line. A file is one document; its last lines are for validation. In a folder every file is a document, read in
 sorted order (names that begin with a dot are skipped, and so are binary files), and files are drawn for
-validation by their names.
+validation by their names. With --split_on='<|endoftext|>' a file is as many documents as that marker joins.
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import bad_input_exits, parse, require
 from data import write_dataset
 from data.source import digest, name_hash, print_summary, read_text, read_texts, walk
-from data.tokenizer import choose_tokenizer
+from data.tokenizer import END_OF_TEXT, choose_tokenizer
 
 FOLDER = Path(__file__).parent
 MIN_CHARS = 1_000
+SPLIT_ON = f"--split_on='{END_OF_TEXT}'"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Options:
     """Options of data/textfile/prepare.py"""
 
     source: str | None = None  # the file or folder to read (required)
+    split_on: str | None = None  # a text that separates documents within a file, and is left out
     tokenizer: str = "bpe"  # bpe (trained), gpt2, a meta.json, or a Hugging Face folder or OWNER/MODEL
     vocab_size: int = 4096  # tokens of the trained bpe; 1024 is plenty for 1 MB
     val_fraction: float = 0.1  # share of the text kept for validation
@@ -38,8 +41,13 @@ def main(argv: list[str]) -> None:
     """Write a dataset from --source. ValueError: nothing there, not text, too small, options out of range."""
     options = Options(**parse(argv, Options)[0])
     require(0 < options.val_fraction < 1, "val_fraction", options.val_fraction, "between 0 and 1")
+    require(options.split_on != "", "split_on", "''", "a text, or none")
     out_dir = Path(options.out_dir) if options.out_dir else FOLDER
     files = read_source(options.source, out_dir)
+    if options.split_on:
+        files = dict(documents(files, options.split_on))
+    elif any(END_OF_TEXT in text for text in files.values()):
+        print(f"note: {END_OF_TEXT} in the text is ordinary text; if it separates documents, give {SPLIT_ON}")
     n_chars = sum(map(len, files.values()))
     if n_chars < MIN_CHARS:
         raise ValueError(
@@ -63,6 +71,13 @@ def read_source(source: str | None, out_dir: Path) -> dict[str, str]:
     files = read_texts(paths)
     print(f"{len(files)} text files; {len(paths) - len(files)} others were skipped")
     return files
+
+
+def documents(files: dict[str, str], marker: str) -> Iterator[tuple[str, str]]:
+    """Name and text of every part between markers, without the space around it."""
+    for name, text in files.items():
+        parts = filter(None, map(str.strip, text.split(marker)))
+        yield from ((f"{name} {number}", part) for number, part in enumerate(parts))
 
 
 def split(files: dict[str, str], val_fraction: float) -> tuple[list[str], list[str]]:
