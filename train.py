@@ -227,7 +227,7 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
     tokenizer = dataset.tokenizer
     meta = checkpoint and checkpoint["tokenizer"]
     if meta and data.make_tokenizer(meta, checkpoint.get("path", "")).fingerprint != tokenizer.fingerprint:
-        theirs = shlex.quote(meta["name"]) if meta["kind"] == "hf" else "..."
+        theirs = shlex.quote(meta["name"]) if meta.get("kind") == "hf" else "..."
         remedy = f"prepare it with the checkpoint's (prepare.py --tokenizer={theirs}), or start from scratch"
         raise ValueError(f"dataset {config.dataset} has another vocabulary than the checkpoint: {remedy}")
     if config.init_from == "resume":
