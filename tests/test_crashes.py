@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -152,6 +153,9 @@ def written(path):
     """What is at a path, for any number of files; {} for a dataset or a folder that is not to be opened."""
     found = contents(path) if path.is_dir() else {"": path.read_bytes()}
     found = {name: content for name, content in found.items() if not name.startswith(".seqtopk-")}
+    for name in [name for name in found if name.endswith(".safetensors")]:  # its header is in any order
+        size = 8 + int.from_bytes(found[name][:8], "little")
+        found[name] = (json.loads(found[name][8:size]), found[name][size:])
     return found if found.keys() & {"", "meta.json", "config.json"} else {}
 
 
