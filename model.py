@@ -814,6 +814,12 @@ class MoEGPT(nn.Module):
         experts = sum(layer.w_in.numel() + layer.w_out.numel() for layer in self.expert_layers())
         return total, total - experts * (self.config.n_expert - self.config.k) // self.config.n_expert
 
+    def step_bytes(self) -> int:
+        """Bytes of weights that a decoding step of one sequence reads: all of an average token's but the
+        embedding, of which it reads one row."""
+        table = 0 if self.config.tie_embeddings else self.embedding.weight.numel()
+        return (self.n_params()[1] - table) * self.head.weight.element_size()
+
     def flops_per_token(self, tokens: int) -> int:
         """Floating-point operations of one training step, per token of a sequence of `tokens`.
 
