@@ -260,8 +260,7 @@ class Cache:
     def locate(self, T: int, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Count the next T tokens, of which `active` (B, T) are real (None: all).
 
-        -> where they go (T,), their positions in the text (B, T), and which keys they see, for
-        Context.visible.
+        -> Context.place, their positions in the text (B, T), Context.visible.
         """
         place = self.n_fed + torch.arange(T, device=self.n_fed.device)
         real = torch.ones_like(self.active[:, :1]).expand(-1, T) if active is None else active
@@ -277,6 +276,7 @@ class Cache:
         if self.padded:
             visible = visible & self.active[:, None, : self.bucket]
             visible = visible | (key == query)  # padding sees itself: a softmax over nothing is NaN
+        visible = torch.where(visible, 0.0, -torch.inf).to(self.kv[0].k.dtype)  # once, and not in each layer
         return place, position, visible.unsqueeze(1)
 
     @property
@@ -314,9 +314,8 @@ class Context(NamedTuple):
 
     row: Router  # of ROUTERS
     angles: tuple[Tensor, Tensor]  # of rope_angles
-    visible: Tensor | None = (
-        None  # (B or 1, 1, T, bucket) bool, which keys a query sees; None: all up to itself
-    )
+    # (B or 1, 1, T, bucket), 0 where a query sees a key and -inf elsewhere; None: it sees all up to itself
+    visible: Tensor | None = None
     active: Tensor | None = None  # (B, T) bool, False at padding and in finished rows; None: all active
     place: Tensor | None = None  # (T,) where the tokens go in the KV caches
     fresh: bool = True  # the tokens begin their sequences
