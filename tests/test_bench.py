@@ -90,8 +90,8 @@ FIELDS = {
     "router": "ms, us per token, time/topk",
     "layer": "ms, GFLOP/s, of matmul, speed/dense",
     "train": "tokens/s, GFLOP/s, MFU %, peak GB, time/topk, paper",
-    "decode": "topk tokens/s, online tokens/s, speed/topk, of bandwidth, MB experts, prefill tokens/s, KV MB, "
-    "expert MB, paper",
+    "decode": "topk tokens/s, online tokens/s, speed/topk, of bandwidth, MB experts, prefill tokens/s, "
+    "KV MB, expert MB, paper",
     "cache": "us per step, time/16",
     "peers": "ours tokens/s, theirs, speed/theirs",
 }
