@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
@@ -36,12 +37,7 @@ from torch.optim import Optimizer
 
 import distributed
 from config import bad_input_exits, require, results
-from config.device import (
-    decoding_threads,
-    give_back_freed_memory,
-    keep_freed_memory,
-    pick_compiled_decoding,
-)
+from config.device import decoding_threads, give_back_freed_memory, keep_freed_memory, pick_compiled_decoding
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
 from optimizers import make_optimizers
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
@@ -353,20 +349,19 @@ def bench_decode(bench: Bench) -> list[dict]:
     second. With small steps a CPU has one thread (config/device.py).
     """
     rows, given, can_compile = [], bench.config, pick_compiled_decoding(bench.config.compile, 10**9)[0]
+    contexts = [given.tokens] if given.tokens else [256, 512, 1024, 2048, 4096][:: 1 if bench.gpu else 2]
+    batch_sizes = [given.batch_size] if given.batch_size else [1, 16]
     for shape in [given.shape] if given.shape else ["heavy", "small", "tiny"]:
         model = MoEGPT(bench.shape(shape)).to(bench.device).cast(bench.dtype).eval()
         promise = {"paper": "0.987, memory 1.008", "aim": "at least 0.99"} if shape == "heavy" else {}
-        contexts = (256, 512, 1024, 2048, 4096)[:: 1 if bench.gpu else 2]
-        contexts = [n for n in contexts if n <= model.config.block_size]
-        for batch_size in [given.batch_size] if given.batch_size else [1, 16]:
-            for context in [given.tokens] if given.tokens else contexts:
-                for compile in (False, True) if can_compile else (False,):
-                    how = "compiled" if compile else "eager"
-                    row = {"what": f"{shape}, batch {batch_size}, context {context}, {how}"}
-                    with decoding_threads(bench.device, model.step_bytes()):
-                        rows.append(row | decode_row(bench, model, batch_size, context, compile) | promise)
-                    if compile:
-                        torch.compiler.reset()
+        fitting = [n for n in contexts if n <= model.config.block_size or n == given.tokens]
+        for batch_size, context, compile in product(batch_sizes, fitting, (False, True)[: 1 + can_compile]):
+            how = "compiled" if compile else "eager"
+            row = {"what": f"{shape}, batch {batch_size}, context {context}, {how}"}
+            with decoding_threads(bench.device, model.step_bytes()):
+                rows.append(row | decode_row(bench, model, batch_size, context, compile) | promise)
+            if compile:
+                torch.compiler.reset()
     olmoe = Cache(OLMOE, 1, 4096, "online_seqtopk", "meta", torch.bfloat16)
     sizes = {"KV MB": olmoe.kv_nbytes / 1e6, "expert MB": olmoe.expert_nbytes / 1e6}
     share = {"bytes/KV": olmoe.expert_nbytes / olmoe.kv_nbytes, "aim": "at most 0.01"}

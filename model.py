@@ -229,15 +229,7 @@ class Cache:
     place, so that one graph serves all steps of a bucket: as long as `bucket` stays the same.
     """
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        batch_size: int,
-        max_tokens: int,
-        router: str,
-        device,
-        dtype,
-    ):
+    def __init__(self, config: MoEConfig, batch_size: int, max_tokens: int, router: str, device, dtype):
         self.max_tokens, self.router = max_tokens, router
         self.kv = [KVCache(config, batch_size, max_tokens, device, dtype) for _ in range(config.n_layer)]
         row, size = ROUTERS[router], (batch_size, max_tokens, config.k, config.n_expert)
@@ -783,8 +775,8 @@ class MoEGPT(nn.Module):
         When it is full, it is emptied and the newest half of the text is fed again, so that their routing
         begins anew; a prompt that does not fit is cut to its newest max_tokens // 2 tokens.
 
-        compile: a new token's step is one graph of torch.compile, compiled once for each Cache.bucket; see
-        worth_compiling.
+        compile: a new token's step is one graph of torch.compile, compiled once for each Cache.bucket, which
+        pick_compiled_decoding says when to do.
         """
         require(idx.shape[1] >= 1, "tokens in the prompt", idx.shape[1], "at least 1")
         needed = max(2, idx.shape[1] + max_new_tokens)

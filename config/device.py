@@ -75,6 +75,7 @@ def pick_compiled_decoding(name: str, steps: int) -> tuple[bool, str]:
 
     Raises ValueError for other names, and for true where no C++ compiler is found.
     """
+    name = name.lower()
     require(name in ("auto", "true", "false"), "compile", name, "auto, true or false")
     if name == "false":
         return False, "as asked"
