@@ -249,7 +249,7 @@ def test_the_questions_agree_on_the_same_runs(ask):
         assert trained[arm.settings["router"]]["nats"][0] == pytest.approx(mean(logged), rel=1e-4)
     assert ask("gap")["seqtopk, k=2, n0=0"]["gap"] == pytest.approx(trained["seqtopk"]["leak"], abs=1e-5)
     one = ask("batches")["seqtopk, k=2, 1 sequences"]["nats"]
-    assert one == pytest.approx(trained["seqtopk"]["as trained"], rel=1e-5)
+    assert one == pytest.approx(trained["seqtopk"]["as trained"], rel=1e-4)
 
 
 def test_batches_change_batchtopk_alone(ask):
