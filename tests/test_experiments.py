@@ -224,6 +224,9 @@ def test_minutes_are_those_of_the_iterations(own, monkeypatch):
             == pytest.approx(iterations[name] * row["ms/iteration"] / 60_000)
         )
         assert curve["nats"][-1] == pytest.approx(row["nats"][0], abs=0.2)  # of fewer windows
+    monkeypatch.setattr(lab, "train_here", lambda *args: "failed")  # the runs of a second seed are missing
+    rows = minutes.answer(Lab.of(replace(options, seeds=2)))
+    assert [len(row["curves"]) for row in rows] == [row["runs"] for row in rows] == [1] * 4
 
 
 def test_the_questions_agree_on_the_same_runs(ask):
