@@ -617,7 +617,9 @@ class CrossEntropy(torch.autograd.Function):
         """x (S, C), weight (V, C), targets (S,), of which -1 does not count -> scalar float32."""
         rows = 128 if x.is_cpu else len(x)
         total = torch.zeros((), device=x.device)
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        dx, dweight, ctx.dtype = torch.empty_like(x), None, weight.dtype
+        if learns and ctx.needs_input_grad[1]:
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
         for piece, target, dpiece in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
             counts, target = target.unsqueeze(1) >= 0, target.unsqueeze(1).clamp(min=0)  # (rows, 1)
             log_share = F.linear(piece, weight).float().log_softmax(-1)  # (rows, V)
@@ -626,14 +628,16 @@ class CrossEntropy(torch.autograd.Function):
                 share = log_share.exp_().scatter_add_(1, target, -counts.float())
                 dlogits = share.mul_(counts).to(x.dtype)  # (rows, V)
                 dpiece.copy_(dlogits @ weight)
-                dweight += dlogits.T @ piece
+                if dweight is not None:
+                    dweight += dlogits.T @ piece
         ctx.save_for_backward(dx, dweight)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
+        dweight = None if dweight is None else (dweight * grad).to(ctx.dtype)
+        return dx * grad.to(dx.dtype), dweight, None, None
 
 
 class MoEGPT(nn.Module):
