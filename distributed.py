@@ -143,12 +143,12 @@ def by_matrix(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return function(local(x))
 
 
-def whole(state: Any) -> Any:
+def unsharded(state: Any) -> Any:
     """A state_dict of any depth without shards: whole tensors, in the first process and on its CPU only."""
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: unsharded(value) for key, value in state.items()}
     if isinstance(state, list):
-        return [whole(value) for value in state]
+        return [unsharded(value) for value in state]
     if not is_shard(state):
         return state
     tensor = full(state)

@@ -268,7 +268,7 @@ class Run:
     def save(self, name: str) -> bool:
         """Write the run to a file of this name in out_dir. False if it cannot be written, which is said."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        weights, optimizers = distributed.whole([self.model.state_dict(), optimizers])
+        weights, optimizers = distributed.unsharded([self.model.state_dict(), optimizers])
         state = {
             "weights": weights,
             "optimizers": optimizers,

@@ -66,8 +66,8 @@ def check_memory(n_bytes: int, what: str, device: torch.device) -> None:
         raise ValueError(f"{what} {needs}: choose smaller ones")
 
 
-REPAID_STEPS = 20_000
-ONE_THREAD_BYTES = 50e6
+REPAID_STEPS = 20_000  # compiling took 26 s and saved 1.7 ms a step: four layers, C=256, two CPU cores
+ONE_THREAD_BYTES = 50e6  # a guess: where two threads begin to pay was not measured
 
 
 def pick_compiled_decoding(name: str, steps: int) -> tuple[bool, str]:
