@@ -153,9 +153,8 @@ class TrainConfig(MoEConfig):
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
 OPTIMIZER = ["optimizer", "train_only", "weights_dtype"]
 # What train.py adds to a checkpoint, for check; and the names of what each optimiser keeps of a weight.
-RUN = {"optimizers": [{"state": {int: {str: Tensor}}, "param_groups": [dict]}], "scaler": dict, "rng": Tensor}
-RUN |= {"step": COUNT, "evaluated": range(-1, 2**63), "best": float, "source_sha256": str, "tokenizer": dict}
-RUN |= {"data_sha256?": str}
+RUN = {"train_config": dict, "tokenizer": dict, "source_sha256": str, "data_sha256?": str, "optimizers": list}
+RUN |= {"step": COUNT, "evaluated": range(-1, 2**63), "best": float, "scaler": dict, "rng": Tensor}
 KEPT = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "RoundingAdamW": {"mean", "square"}, "Muon": {"mean"}}
 
 
@@ -180,16 +179,13 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
     if init_from == "resume":
         old, fixed = checkpoint["train_config"], fixed + DATA_ORDER + OPTIMIZER
     old = asdict(TrainConfig()) | old  # settings younger than the checkpoint
-    changed = [name for name in fixed if given.get(name, old[name]) != old[name]]
+    changed = [name for name in fixed if name in given and given[name] != old[name]]
     if changed:
         difference = ", ".join(f"{name} is {old[name]} there and {given[name]} here" for name in changed)
         remedy = "drop these or start from scratch"
         raise ValueError(f"init_from={init_from} does not fit: {difference}; {remedy}")
-    try:
+    with door(checkpoint.get("path", init_from), "what is not given is as there"):
         return TrainConfig(**old | given), checkpoint
-    except ValueError as error:
-        whose = checkpoint.get("path", init_from)
-        raise ValueError(f"{error} (what is not given is as in {whose})") from None
 
 
 def read_checkpoint(init_from: str, out_dir: str) -> dict:
@@ -210,7 +206,7 @@ def read_checkpoint(init_from: str, out_dir: str) -> dict:
         raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
     if resume:
         with door(path):
-            check(checkpoint, RUN | {"train_config": TrainConfig}, "")
+            check(checkpoint, RUN)
     return checkpoint
 
 
@@ -311,23 +307,20 @@ class Run:
 def fitting_state(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     """The saved state, under the settings that are given now: `step` alone is taken over of a group.
 
-    Raises ValueError unless its tensors fit the weights, because the optimisers' kernels trust them.
+    Fails unless its tensors fit the weights, because the optimisers' kernels trust them.
     """
-    groups, there = optimizer.state_dict()["param_groups"], state["param_groups"]
+    kept = dict.fromkeys(KEPT[type(optimizer).__name__], Tensor)
+    check(state, {"state": {str: kept}, "param_groups": [{"step?": COUNT}]}, "the state of an optimiser")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    require(len(there) == len(groups), "groups of an optimiser", len(there), f"{len(groups)}")
-    for number, kept in state["state"].items():
-        require(number in range(len(weights)), "a weight of an optimiser", number, f"below {len(weights)}")
-        names = KEPT[type(optimizer).__name__]
-        require(kept.keys() == names, f"state of weight {number}", ", ".join(kept), ", ".join(sorted(names)))
-        for name, tensor in kept.items():
+    for number, tensors in state["state"].items():
+        for name in kept:
+            tensor, shape = tensors[name], () if name == "step" else weights[number].shape
             dense = tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point()
-            shape = () if name == "step" else tuple(weights[number].shape)
-            fits = dense and tuple(tensor.shape) == shape
-            require(fits, f"{name} of weight {number}", tuple(tensor.shape), f"{shape}, dense floats")
-    for group, other in zip(groups, there):
+            fits = dense and tensor.shape == shape
+            require(fits, f"{name} of weight {number}", tuple(tensor.shape), f"{tuple(shape)}, dense floats")
+    groups = optimizer.state_dict()["param_groups"]
+    for group, other in zip(groups, state["param_groups"], strict=True):
         if "step" in group:
-            check(other, {"step": COUNT}, "a group of an optimiser")
             group["step"] = other["step"]
     return {"state": state["state"], "param_groups": groups}
 
