@@ -131,14 +131,13 @@ class MoEConfig:
     @property
     def n_matrix_weights(self) -> int:
         """Weights in matrices, which are nearly all, counted without making a model."""
-        C, D, sparse = self.n_embd, self.head_dim, max(0, self.n_layer - self.n_dense_layer)
-        sparse = sparse if self.n_expert > 1 else 0
-        attention = 2 * C * D * (self.n_head + self.kv_heads)
-        experts = C * (self.n_expert + self.n_null + 3 * self.n_expert * self.n_hidden)
-        experts += C * (3 * self.shared_hidden + self.shared_gate)
-        dense = (self.n_layer - sparse) * 3 * C * self.dense_width
-        embeddings = self.vocab_size * C * (1 if self.tie_embeddings else 2)
-        return embeddings + self.n_layer * attention + sparse * experts + dense
+        sparse = max(0, self.n_layer - self.n_dense_layer) if self.n_expert > 1 else 0
+        hidden = self.n_expert * self.n_hidden + self.shared_hidden
+        experts = sparse * (self.n_expert + self.n_null + self.shared_gate + 3 * hidden)
+        dense = (self.n_layer - sparse) * 3 * self.dense_width
+        attention = self.n_layer * 2 * self.head_dim * (self.n_head + self.kv_heads)
+        embeddings = self.vocab_size * (1 if self.tie_embeddings else 2)
+        return self.n_embd * (embeddings + attention + experts + dense)
 
     def options_of(self, row: Router) -> dict[str, object]:
         """The settings that the router of that row takes besides k."""
@@ -883,20 +882,18 @@ class MoEGPT(nn.Module):
         folder = hugging_face.hf_folder(name_or_path, "model*.safetensors*")
         paths, outlines = hugging_face.file_tensors(folder)
         twice = model.config.tie_embeddings and hugging_face.NAMES["head.weight"] in outlines
-
-        def weights() -> dict[str, Tensor]:
-            head = {"head.weight": torch.empty_like(model.embedding.weight)} if twice else {}
-            return dict(model.named_parameters()) | head
-
-        check_shapes(hugging_face.file_views(weights(), model_type, outlines), outlines, folder)
+        if twice:  # until it is known to be the same
+            model.head.weight = nn.Parameter(torch.empty_like(model.embedding.weight))
+        weights = dict(model.named_parameters())
+        check_shapes(hugging_face.file_views(weights, model_type, outlines), outlines, folder)
         model.cast(outlines[hugging_face.NAMES["embedding.weight"]].dtype).to_empty(device=device)
-        model._tie()
         for layer in model.expert_layers():
             layer.reset_state()
-        filled = weights()
-        hugging_face.copy_tensors(paths, hugging_face.file_views(filled, model_type, outlines))
-        same = not twice or torch.equal(filled["head.weight"], model.embedding.weight)
+        weights = dict(model.named_parameters())
+        hugging_face.copy_tensors(paths, hugging_face.file_views(weights, model_type, outlines))
+        same = not twice or torch.equal(model.head.weight, model.embedding.weight)
         require(same, f"lm_head.weight in {folder}", "another than the embedding", "it, or not tied")
+        model._tie()
         return model
 
     def save_pretrained(

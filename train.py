@@ -197,16 +197,9 @@ def read_checkpoint(init_from: str, out_dir: str) -> dict:
     path = Path(out_dir) / "last.pt" if resume else Path(init_from)
     path = path / "best.pt" if path.is_dir() else path
     checkpoint = load_checkpoint(path)
-    if resume and "train_config" not in checkpoint:
-        raise ValueError(f"{path} holds no run to resume: train.py did not write it")
-    if resume and "optimizers" not in checkpoint:
-        remedy = f"begin a new run with its weights: --init_from={shlex.quote(str(path))}"
-        raise ValueError(f"{path} was written before Muon, whose optimisers it lacks; {remedy}")
-    if "tokenizer" not in checkpoint:
-        raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
-    if resume:
-        with door(path):
-            check(checkpoint, RUN)
+    anew = f"begin a new run with its weights: --init_from={shlex.quote(str(path))}"
+    with door(path, anew if resume else "give a checkpoint that train.py wrote"):
+        check(checkpoint, RUN if resume else {"tokenizer": dict})
     return checkpoint
 
 
@@ -356,9 +349,9 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
 def check_training_memory(config: TrainConfig, device: torch.device) -> None:
     """Raise ValueError where weights, gradients, the optimisers' moments, the blocks' inputs and the logits
     with their gradient are more than the device's memory: the least that training needs."""
-    n_weights, size = config.n_matrix_weights, 4 if config.weights_dtype == "float32" else 2
-    all_learn, muon = config.train_only == "all", config.optimizer == "muon"
-    states = n_weights * size * ((3 if muon else 4) if all_learn else 1) // (world() if config.shard else 1)
+    size = 4 if config.weights_dtype == "float32" else 2
+    copies = 1 if config.train_only == "router" else 3 if config.optimizer == "muon" else 4
+    states = config.n_matrix_weights * size * copies // (world() if config.shard else 1)
     tokens = config.batch_size * config.block_size
     inputs = tokens * (config.n_layer * config.n_embd * 2 + config.vocab_size * 8)
     check_memory(states + inputs, "training with these sizes and this batch_size", device)
