@@ -298,10 +298,8 @@ class Run:
 
 
 def fitting_state(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """The saved state, under the settings that are given now: `step` alone is taken over of a group.
-
-    Fails unless its tensors fit the weights, because the optimisers' kernels trust them.
-    """
+    """The saved state, under the settings that are given now: `step` alone is taken over of a group. Raises an
+    exception unless its tensors fit the weights, because the optimisers' kernels trust them."""
     kept = dict.fromkeys(KEPT[type(optimizer).__name__], Tensor)
     check(state, {"state": {str: kept}, "param_groups": [{"step?": COUNT}]}, "the state of an optimiser")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -688,10 +686,8 @@ def train(run: Run) -> bool:
 
 
 def prepare_out_dir(config: TrainConfig) -> IO:
-    """Make the run's folder; move aside a run that is in it and not resumed. Raises ValueError.
-
-    Returns the log, locked until it is closed or the process ends: so long no other run writes to the folder.
-    """
+    """Make the run's folder; move aside a run that is in it and not resumed. Raises ValueError. -> its log,
+    which keeps other runs out until it is closed."""
     folder = Path(config.out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -718,14 +714,14 @@ def lock_run(folder: Path, log: IO) -> None:
 
 
 def move_aside(folder: Path, log: IO) -> None:
-    """Move the files of a run, if there is one, to a new folder beside its own. Its log, which is locked,
-    stays, and becomes empty."""
+    """Move the files of a run, if there is one, to a new folder beside its own; its locked log is emptied."""
     checkpoints = [path for path in (folder / "best.pt", folder / "last.pt") if path.exists()]
-    if not checkpoints and not os.path.getsize(log.name):
+    logged = os.path.getsize(log.name)
+    if not checkpoints and not logged:
         return
     aside = next(path for n in itertools.count(1) if not (path := Path(f"{folder}.{n}")).exists())
     aside.mkdir()
-    if os.path.getsize(log.name):
+    if logged:
         shutil.copy(log.name, aside)
     for path in checkpoints:
         path.replace(aside / path.name)

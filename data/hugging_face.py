@@ -179,9 +179,8 @@ def hf_tokenizer(name_or_path: str) -> HFTokenizer:
 
 
 def end_of_text(folder: Path, added: dict[str, int]) -> list[int]:
-    """Ids that end a text: that of eos_token in tokenizer_config.json, or else the first eos_token_id of
-    config.json, which ends documents here; then all others that config.json and generation_config.json name.
-    """
+    """Ids that end a text: first that of tokenizer_config.json's eos_token, or else of config.json's first
+    eos_token_id, which ends documents here; then all others."""
     stops = []
     for path in filter(Path.is_file, (folder / name for name in SAY_END)):
         with door(path, "fetch it again"):
