@@ -298,8 +298,8 @@ class Run:
 
 
 def fitting_state(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """The saved state, under the settings that are given now: `step` alone is taken over of a group. Raises an
-    exception unless its tensors fit the weights, because the optimisers' kernels trust them."""
+    """The saved state, under the settings that are given now: `step` alone is taken over of a group.
+    Fails unless its tensors fit the weights, because the optimisers' kernels trust them."""
     kept = dict.fromkeys(KEPT[type(optimizer).__name__], Tensor)
     check(state, {"state": {str: kept}, "param_groups": [{"step?": COUNT}]}, "the state of an optimiser")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]

@@ -59,5 +59,5 @@ def put_on_disk(folder: Path) -> None:
 
 
 def lock(file: IO) -> None:
-    """Lock an open file until it is closed. BlockingIOError: another has locked it; OSError: no locks here."""
+    """Lock an open file until it is closed. BlockingIOError: another has it; OSError: no locks here."""
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
