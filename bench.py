@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ from torch.optim import Optimizer
 
 import distributed
 from config import bad_input_exits, require, results
-from config.device import give_back_freed_memory, keep_freed_memory
+from config.device import decoding_threads, give_back_freed_memory, keep_freed_memory, pick_compiled_decoding
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
 from optimizers import make_optimizers
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
@@ -72,7 +73,7 @@ class BenchOptions(results.Options):
     k: int | None = None  # experts per token on average
     effort: float = 1.0  # 2 measures twice as long, 0 for five rounds
     plot: str | None = None  # file to draw the ratios to; needs matplotlib
-    compile: str = "auto"  # torch.compile in layer, train and peers: auto, true or false
+    compile: str = "auto"  # torch.compile in layer, train, decode and peers: auto, true or false
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +144,13 @@ class Bench(results.Machine):
                     before(name)
                 times[name].append((clock or self.seconds)(call))
         return {name: values[warm_up:] for name, values in times.items()}
+
+    def copy_speed(self) -> float:
+        """Bytes a second that a plain copy of 256 MB reads and writes, with the threads of now."""
+        source = torch.zeros(2**26, device=self.device)
+        target = torch.empty_like(source)
+        times = self.interleave({"copy": lambda: target.copy_(source)}, 1)["copy"]
+        return 2 * source.nbytes / median(times)
 
     def peak_gb(self, call: Callable) -> float | None:
         """Most memory held during a call: of the GPU, or of this process where Linux tells, else None."""
@@ -244,7 +252,7 @@ def make_layers(bench: Bench, size: SimpleNamespace) -> tuple[dict[str, Callable
         torch.nn.init.normal_(parameter, std=INIT_STD)
 
     def through(router: str) -> Callable:
-        context = Context(ROUTERS[router], None, None, None, 0)
+        context = Context(ROUTERS[router], None)
         return bench.compiled(lambda x: experts(x, context, None)[0])
 
     routed = {name: through(name) for name in ("topk", "seqtopk", "online_seqtopk")}
@@ -331,50 +339,82 @@ def bench_decode(bench: Bench) -> list[dict]:
     An Expert Cache needs as many small operations ("extra us per layer") at any width. They are a small share
     of a step in "heavy", whose experts are large, and a larger one in the other shapes. Before decoding, the
     caches are filled up to the context: keys and values with random numbers, Expert Caches with scores spread
-    as the gates' are. One step in 65 merges the buffers of the Expert Caches; the median leaves it out, the
-    part "cache" counts it. Prefill reads a prompt, but only where that is soon done. Memory is calculated:
-    weights and caches. The paper has 139.41 tokens/s against 141.23, and 18.35 GB against 18.21.
+    as the gates' are. One step in 64 merges the buffers of the Expert Caches; the median leaves it out, the
+    part "cache" counts it. Prefill reads a prompt, but only where that is soon done: it matters where prompts
+    are longer than what is written. Memory is calculated: weights and caches. The paper has 139.41 tokens/s
+    against 141.23, and 18.35 GB against 18.21.
+
+    Eager and compiled. "of bandwidth": the bytes that a step of online SeqTopK must read (the "MB" of weights
+    and of the cached context), over its time, as a share of what a plain copy of 256 MB reads and writes a
+    second. With small steps a CPU has one thread (config/device.py).
     """
-    rows, given = [], bench.config
+    rows, given, can_compile = [], bench.config, pick_compiled_decoding(bench.config.compile, 10**9)[0]
+    contexts = [given.tokens] if given.tokens else [256, 512, 1024, 2048, 4096][:: 1 if bench.gpu else 2]
+    batch_sizes = [given.batch_size] if given.batch_size else [1, 16]
     for shape in [given.shape] if given.shape else ["heavy", "small", "tiny"]:
         model = MoEGPT(bench.shape(shape)).to(bench.device).cast(bench.dtype).eval()
         promise = {"paper": "0.987, memory 1.008", "aim": "at least 0.99"} if shape == "heavy" else {}
-        contexts = (256, 512, 1024, 2048, 4096)[:: 1 if bench.gpu else 2]
-        contexts = [n for n in contexts if n <= model.config.block_size]
-        for batch_size in [given.batch_size] if given.batch_size else [1, 16]:
-            for context in [given.tokens] if given.tokens else contexts:
-                row = {"what": f"{shape}, batch {batch_size}, context {context}"}
-                rows.append(row | decode_row(bench, model, batch_size, context) | promise)
+        fitting = [n for n in contexts if n <= model.config.block_size or n == given.tokens]
+        for batch_size, context, compile in product(batch_sizes, fitting, (False, True)[: 1 + can_compile]):
+            how = "compiled" if compile else "eager"
+            row = {"what": f"{shape}, batch {batch_size}, context {context}, {how}"}
+            with decoding_threads(bench.device, model.step_bytes()):
+                rows.append(row | decode_row(bench, model, batch_size, context, compile) | promise)
+            if compile:
+                torch.compiler.reset()
     olmoe = Cache(OLMOE, 1, 4096, "online_seqtopk", "meta", torch.bfloat16)
     sizes = {"KV MB": olmoe.kv_nbytes / 1e6, "expert MB": olmoe.expert_nbytes / 1e6}
     share = {"bytes/KV": olmoe.expert_nbytes / olmoe.kv_nbytes, "aim": "at most 0.01"}
     return [*rows, {"what": "Expert Cache of OLMoE's shape, bfloat16, context 4096", **sizes, **share}]
 
 
-def decode_row(bench: Bench, model: MoEGPT, batch_size: int, context: int) -> dict:
+def decode_row(bench: Bench, model: MoEGPT, batch_size: int, context: int, compile: bool) -> dict:
     steps = MAX_ROUNDS + 4  # with the warm-up, and the first
     caches = {name: model.new_cache(batch_size, context + steps, name) for name in ("topk", "online_seqtopk")}
     topk, online = caches.values()
     online.kv = topk.kv  # the same memory for both: its pages may lie better or worse
-    prefill = prefill_figures(bench, model, caches, batch_size, context)
+    prefill = {} if compile else prefill_figures(bench, model, caches, batch_size, context)
     fill(bench, model, caches, batch_size, context)
     token = bench.text(model.config.vocab_size, batch_size, 1)
-    streams = {name: model.generate(token, steps, cache, 1.0, top_p=None) for name, cache in caches.items()}
+    options = {"temperature": 1.0, "top_p": None, "compile": compile}
+    streams = {name: model.generate(token, steps, cache, **options) for name, cache in caches.items()}
     chunks = {name: [next(stream)] for name, stream in streams.items()}
     calls = {name: lambda name=name: chunks[name].append(next(streams[name])) for name in caches}
     times = bench.interleave(calls, 2)
     topk_step, online_step = map(median, times.values())
     memory = sum(p.nbytes for p in model.parameters()) + topk.kv_nbytes
+    masks = torch.stack([c.mask for c in chunks["online_seqtopk"][1:]])  # (steps, B, 1, L, E)
+    parts = bytes_read(model, masks.any(1).sum(-1).float().mean().item(), batch_size, context)
+    speed = sum(parts.values()) / online_step / bench.copy_speed()
     return {
         "topk tokens/s": batch_size / topk_step,
         "online tokens/s": batch_size / online_step,
         "speed/topk": ratio(*times.values()),
         "extra us per layer": (online_step - topk_step) / model.config.n_layer * 1e6,
         "experts per token": torch.cat([c.n_taken for c in chunks["online_seqtopk"]]).float().mean().item(),
+        "of bandwidth": speed,
+        **{f"MB {name}": n / 1e6 for name, n in parts.items()},
         **prefill,
         "KV MB": topk.kv_nbytes / 1e6,
         "expert MB": online.expert_nbytes / 1e6,
         "memory/topk": (memory + online.expert_nbytes) / memory,
+    }
+
+
+def bytes_read(model: MoEGPT, experts: float, batch_size: int, context: int) -> dict[str, float]:
+    """Bytes that a step must read, by part, where a layer reads so many experts."""
+    config, size = model.config, model.head.weight.element_size()
+    matrices = sum(
+        block.attention.qkv.weight.nbytes + block.attention.out.weight.nbytes for block in model.blocks
+    )
+    expert = 3 * config.n_embd * config.n_hidden * size
+    kv = 2 * config.n_layer * config.kv_heads * config.head_dim * context * batch_size * size
+    return {
+        "attention": matrices,
+        "experts": len(model.expert_layers()) * experts * expert,
+        "gates": sum(layer.gate.weight.nbytes for layer in model.expert_layers()),
+        "head": model.head.weight.nbytes,
+        "KV": kv,
     }
 
 
@@ -394,12 +434,12 @@ def fill(bench: Bench, model: MoEGPT, caches: dict, batch_size: int, context: in
     spread = INIT_STD * math.sqrt(model.config.n_embd)  # of the gate's logits: its input is normalised
     for cache in caches.values():
         cache.reset()
+        cache.make_room(context, False)
+        cache.locate(context, None)
         for part in (part for kv in cache.kv for part in (kv.k, kv.v)):
             part.copy_(torch.randn_like(part[:1, :1]))
         for experts in filter(None, cache.expert_caches):
-            experts.select(bench.scores(batch_size, context, model.config.n_expert, spread))
-        cache.mark(context, None)
-        cache.advance(context)
+            experts.route(bench.scores(batch_size, context, model.config.n_expert, spread))
 
 
 def bench_cache(bench: Bench) -> list[dict]:
@@ -468,7 +508,10 @@ def bench_peers(bench: Bench) -> list[dict]:
             return [rows[0], rows[1] | {"aim": f"at least {goal}"}]
 
         training = rows("training", size.batch_size * size.tokens, 1.5 if bench.gpu else 1.3)
-        return training + rows("generation", size.tokens // 2, 8 if bench.gpu else 4)
+        writing = rows("generation", size.tokens // 2, 8 if bench.gpu else 1.7)
+        if not pick_compiled_decoding(bench.config.compile, 10**9)[0]:
+            return training + writing
+        return training + writing + rows("compiled generation", size.tokens // 2, 8 if bench.gpu else 2.7)
 
 
 def new_process() -> ProcessPoolExecutor:
@@ -507,10 +550,13 @@ def our_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callabl
     model = MoEGPT(shape).to(bench.device).cast(bench.dtype)
     step = train_step(model, bench.compiled(model), text, bench.dtype, adamw(model))
     n = text.shape[1] // 2
-    return {
-        "training": partial(step, "topk"),
-        "generation": lambda: list(model.generate(text[:1, :n], n, temperature=0)),
-    }
+
+    def write(compile: bool) -> None:
+        with decoding_threads(bench.device, model.step_bytes()):
+            list(model.generate(text[:1, :n], n, temperature=0, compile=compile))
+
+    generation = {"generation": partial(write, False), "compiled generation": partial(write, True)}
+    return {"training": partial(step, "topk"), **generation}
 
 
 def their_works(bench: Bench, shape: MoEConfig, text: Tensor, experts: str) -> dict[str, Callable]:
@@ -520,10 +566,9 @@ def their_works(bench: Bench, shape: MoEConfig, text: Tensor, experts: str) -> d
     prompt = text[:1, : text.shape[1] // 2].contiguous()
     batch = {"input_ids": text[:, :-1], "labels": text[:, :-1], "use_cache": False}
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": prompt.shape[1]}
-    return {
-        "training": lambda: update(forward(**batch).loss),
-        "generation": lambda: model.generate(prompt, do_sample=False, **options),
-    }
+    generate = partial(model.generate, prompt, do_sample=False, **options)
+    training = {"training": lambda: update(forward(**batch).loss)}
+    return training | dict.fromkeys(("generation", "compiled generation"), generate)
 
 
 def make_olmoe(shape: MoEConfig) -> torch.nn.Module:

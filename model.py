@@ -15,14 +15,16 @@ once a layer, to count the pairs.
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import require
 from config.check import COUNT, check, door
@@ -202,6 +204,9 @@ class Stats(NamedTuple):
 # -------------------- caches ------------------------------------------------------------------------------
 
 
+MIN_BUCKET = 64  # tokens
+
+
 class KVCache:
     """Keys and values of one layer's past, (B, n_kv_head, max_tokens, D) each."""
 
@@ -210,29 +215,20 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
-    def append(self, k: Tensor, v: Tensor, pos: int) -> tuple[Tensor, Tensor]:
-        """Write (B, n_kv_head, T, D) at `pos` and return everything up to there."""
-        end = pos + k.shape[2]
-        self.k[:, :, pos:end] = k
-        self.v[:, :, pos:end] = v
-        return self.k[:, :, :end], self.v[:, :, :end]
+    def write(self, k: Tensor, v: Tensor, place: Tensor) -> None:
+        """Put k, v (B, n_kv_head, T, D) at place (T,)."""
+        self.k.index_copy_(2, place, k)
+        self.v.index_copy_(2, place, v)
 
 
 class Cache:
     """All that decoding remembers: per layer a KVCache and, where the router needs one, an ExpertCache.
 
-    The layers read `pos`, the number of tokens seen; the model alone advances it, once per forward.
+    The host counts in `make_room`, before each forward. The forward itself counts in tensors and writes in
+    place, so that one graph serves all steps of a bucket: as long as `bucket` stays the same.
     """
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        batch_size: int,
-        max_tokens: int,
-        router: str,
-        device,
-        dtype,
-    ):
+    def __init__(self, config: MoEConfig, batch_size: int, max_tokens: int, router: str, device, dtype):
         self.max_tokens, self.router = max_tokens, router
         self.kv = [KVCache(config, batch_size, max_tokens, device, dtype) for _ in range(config.n_layer)]
         row, size = ROUTERS[router], (batch_size, max_tokens, config.k, config.n_expert)
@@ -242,36 +238,53 @@ class Cache:
             else None
             for layer in range(config.n_layer)
         ]
-        self.active = torch.zeros(batch_size, max_tokens, dtype=torch.bool, device=device)  # is a token real?
+        self.active = torch.empty(batch_size, max_tokens, dtype=torch.bool, device=device)  # is a token real?
+        self.n_fed = torch.empty(1, dtype=torch.int64, device=device)  # tokens, as `pos` on the host
+        self.n_real = torch.empty(batch_size, 1, dtype=torch.int64, device=device)  # of them, without padding
         self.reset()
 
     def reset(self) -> None:
         """Forget everything, so that the next forward starts new sequences."""
         self.pos = 0
         self.padded = False  # some token may not be active
-        self.active.fill_(False)
+        self.active.fill_(True)
+        self.n_fed.zero_()
+        self.n_real.zero_()
         for cache in filter(None, self.expert_caches):
             cache.reset()
 
-    def mark(self, T: int, active: Tensor | None) -> None:
-        """Note which of the next T tokens are real (None: all)."""
-        self.active[:, self.pos : self.pos + T] = True if active is None else active
-        self.padded = self.padded or active is not None
+    def make_room(self, T: int, padded: bool) -> None:
+        """Get ready for T more tokens, not all active if `padded`. Raises ValueError if they do not fit."""
+        end = self.pos + T
+        if end > self.max_tokens:
+            raise ValueError(f"{end} tokens are more than the {self.max_tokens} that the cache allows")
+        for cache in filter(None, self.expert_caches):
+            cache.make_room(T)
+        self.fresh, self.pos, self.padded = self.pos == 0, end, self.padded or padded
+        # keys that attention looks at: few sizes, for which few graphs are compiled
+        self.bucket = min(self.max_tokens, max(MIN_BUCKET, 1 << (end - 1).bit_length()))
 
-    def visible(self, T: int) -> Tensor | None:
-        """Which tokens the next T may attend to, for Context.visible."""
-        end, device = self.pos + T, self.active.device
-        if not self.padded and (T == 1 or self.pos == 0):
-            return None
-        query, key = torch.arange(self.pos, end, device=device).unsqueeze(1), torch.arange(end, device=device)
-        if not self.padded:
-            return (key <= query)[None, None]  # (1, 1, T, pos + T)
-        visible = (key <= query) & self.active[:, None, :end]
-        visible = visible | (key == query)  # padding sees itself: a softmax over nothing is NaN
-        return visible.unsqueeze(1)  # (B, 1, T, pos + T)
+    def locate(self, T: int, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Count the next T tokens, of which `active` (B, T) are real (None: all).
 
-    def advance(self, T: int) -> None:
-        self.pos += T
+        -> Context.place, their positions in the text (B, T), Context.visible.
+        """
+        place = self.n_fed + torch.arange(T, device=self.n_fed.device)
+        real = torch.ones_like(self.active[:, :1]).expand(-1, T) if active is None else active
+        position = (self.n_real + real.cumsum(-1) - 1).clamp(min=0)
+        self.n_fed += T
+        self.n_real += real.sum(-1, keepdim=True)
+        if self.padded:
+            self.active.index_copy_(1, place, real)
+        elif self.fresh:
+            return place, position, None
+        query, key = place.unsqueeze(1), torch.arange(self.bucket, device=place.device)
+        visible = (key <= query).unsqueeze(0)  # (1, T, bucket)
+        if self.padded:
+            visible = visible & self.active[:, None, : self.bucket]
+            visible = visible | (key == query)  # padding sees itself: a softmax over nothing is NaN
+        visible = torch.where(visible, 0.0, -torch.inf).to(self.kv[0].k.dtype)  # once, and not in each layer
+        return place, position, visible.unsqueeze(1)
 
     @property
     def kv_nbytes(self) -> int:
@@ -308,9 +321,19 @@ class Context(NamedTuple):
 
     row: Router  # of ROUTERS
     angles: tuple[Tensor, Tensor]  # of rope_angles
-    visible: Tensor | None  # (B or 1, 1, T, pos + T) bool, which keys a query sees; None: all up to itself
-    active: Tensor | None  # (B, T) bool, False at padding and in rows that have finished; None: all active
-    pos: int  # tokens in the caches before this forward
+    # (B or 1, 1, T, bucket), 0 where a query sees a key and -inf elsewhere; None: it sees all up to itself
+    visible: Tensor | None = None
+    active: Tensor | None = None  # (B, T) bool, False at padding and in finished rows; None: all active
+    place: Tensor | None = None  # (T,) where the tokens go in the KV caches
+    fresh: bool = True  # the tokens begin their sequences
+
+
+def without_cudnn():
+    """Attention by any backend but cuDNN's, which plans anew for every length, for longer than a step takes.
+
+    torch prefers it since 2.11 on GPUs of compute capability 9 and 10.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class Attention(nn.Module):
@@ -338,12 +361,12 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context.angles).to(v.dtype), rotate(k, context.angles).to(v.dtype)
         if kv is not None:
-            k, v = kv.append(k, v, context.pos)  # (B, n_kv_head, pos + T, D)
-        causal = context.visible is None and T > 1
+            kv.write(k, v, context.place)
+        visible, causal = context.visible, context.visible is None and T > 1
+        if visible is not None:
+            k, v = (part[:, :, : visible.shape[-1]] for part in (kv.k, kv.v))  # (B, n_kv_head, bucket, D)
         gqa = self.n_kv_head != self.n_head
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.visible, is_causal=causal, enable_gqa=gqa
-        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=gqa)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -403,43 +426,26 @@ def run_experts(
     return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, y)
 
 
-def run_few_pairs(
-    x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, max_pairs: int | None
-) -> Tensor:
-    """`run_experts` for so few pairs on a CPU that reading the weights is all the work: a step of decoding.
+def run_on_cpu(x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """`run_experts` without gradients on a CPU, where the pairs can be counted without waiting.
 
-    One row times a matrix is the sum of the matrix's rows, each times one element of the row. embedding_bag
-    adds up rows where they lie, at the speed of memory: its table holds the rows of all experts' matrices,
-    and a *bag* names the rows of one sum. Each thread gets equally many bags, however full they are, so
-
-    - a pair is cut into P bags of a P-th of its rows each, so that all threads have work;
-    - where the pairs are fewer than N, the empty bags are spread evenly among the full ones.
-
-    Measured on two cores, E=16, K=2, C=256, H=680: 0.42 ms a layer, and 0.84 ms by run_experts.
+    Where they are fewer than the experts, as in a step of decoding, reading the weights is all the work: a
+    loop over the pairs reads just theirs, and does without sorting. torch.compile takes it as it is, as one
+    operation: so a compiled step has static shapes and still computes no pair too many.
     """
-    (S, E), P = mask.shape, 4
-    pair = mask.nonzero() if max_pairs is None else torch.nonzero_static(mask, size=max_pairs, fill_value=E)
-    token, expert = pair[:, 0].clamp(max=S - 1), pair[:, 1].clamp(max=E - 1)  # (N,), spare ones at the end
-    N, n_pairs = len(pair), mask.sum()
-    count = torch.arange(N * P + 1, device=x.device)
-    before = count * n_pairs // max(N, 1)  # (N*P + 1,) full bags before each bag
-    full = (count[1:] * N - 1) // n_pairs.clamp(min=1)  # (N*P,) the full bags, in order
+    if mask.sum() > mask.shape[1]:
+        return run_experts(x, mask, weight, w_in, w_out, None)
+    y = torch.zeros_like(x, dtype=torch.float32)
+    for s, e in mask.nonzero().tolist():
+        h = swiglu(x[s : s + 1] @ w_in[e]) * weight[s, e]  # (1, H)
+        y[s] += (h.to(x.dtype) @ w_out[e])[0]
+    return y
 
-    def add_up(matrices: Tensor, rows: Tensor) -> Tensor:
-        """rows (N, R) of the pairs times their experts' of matrices (E, R, M) -> (N*P, M) in bags."""
-        R = rows.shape[1]
-        row = (expert.unsqueeze(1) * R + torch.arange(R, device=x.device)).flatten()
-        table, starts, amount = matrices.flatten(0, 1), before * (R // P), rows.flatten()
-        return F.embedding_bag(
-            row, table, starts, mode="sum", per_sample_weights=amount, include_last_offset=True
-        )
 
-    h = add_up(w_in, x.index_select(0, token)).index_select(0, full.clamp(max=N * P - 1))  # (N*P, 2H)
-    h = swiglu(h.unflatten(0, (N, P)).sum(1))  # (N, H) of the pairs
-    pair_weight = weight.flatten().index_select(0, token * E + expert)  # (N,)
-    y = add_up(w_out, (h * pair_weight.unsqueeze(-1)).to(x.dtype))  # (N*P, C)
-    token = token.index_select(0, (before[:-1] // P).clamp(max=N - 1))
-    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, y.float())
+OP = "nano_seqtopk::run_on_cpu"
+torch.library.define(OP, "(Tensor x, Tensor mask, Tensor weight, Tensor w_in, Tensor w_out) -> Tensor")
+torch.library.impl(OP, "cpu", run_on_cpu)
+torch.library.register_fake(OP, lambda x, *others: torch.empty_like(x, dtype=torch.float32))
 
 
 class MoE(nn.Module):
@@ -482,7 +488,7 @@ class MoE(nn.Module):
         if row.takes_bias:
             scores = scores + self.bias
         if cache is not None:
-            return cache.select(scores, context.active)
+            return cache.route(scores, context.active)
         mask = row.select(scores, self.config.k, **self.options_of(row))
         return mask if context.active is None else mask & context.active.unsqueeze(-1)
 
@@ -515,11 +521,17 @@ class MoE(nn.Module):
         autocast = torch.is_autocast_enabled(x.device.type)  # of which grouped_mm knows nothing
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         mask = mask[..., : self.config.n_expert].flatten(0, 1)
-        # with at most as many pairs as experts, hardly any weight is read twice
-        few = x.is_cpu and not torch.is_grad_enabled() and B * T * self.config.k <= self.config.n_expert
-        run = run_few_pairs if few else run_experts
-        weights = weight.flatten(0, 1), self.w_in.to(dtype), self.w_out.to(dtype)
-        y = run(x.reshape(-1, C).to(dtype), mask, *weights, self.max_pairs(B * T, context))
+        inputs = (
+            x.reshape(-1, C).to(dtype),
+            mask,
+            weight.flatten(0, 1),
+            self.w_in.to(dtype),
+            self.w_out.to(dtype),
+        )
+        if x.is_cpu and not torch.is_grad_enabled():
+            y = torch.ops.nano_seqtopk.run_on_cpu(*inputs)
+        else:
+            y = run_experts(*inputs, self.max_pairs(B, T, context))
         return y.to(x.dtype).view(B, T, C)
 
     def share(self, x: Tensor) -> Tensor:
@@ -527,12 +539,13 @@ class MoE(nn.Module):
         shared = self.shared(x)
         return shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid()
 
-    def max_pairs(self, tokens: int, context: Context) -> int | None:
-        """A number of pairs that `tokens` tokens cannot exceed, or None if there is none worth padding to."""
+    def max_pairs(self, B: int, T: int, context: Context) -> int | None:
+        """A number of pairs that B*T tokens cannot exceed, or None if there is none worth padding to."""
         row, config = context.row, self.config
         if row.exact:
-            return tokens * config.k
-        return row.max_pairs(config, tokens, context.pos == 0) if row.max_pairs else None
+            return B * T * config.k
+        bound = row.max_pairs(config, B * T, context.fresh) if row.max_pairs else None
+        return B * config.n_expert if bound is None and T == 1 else bound
 
     def check_promises(self) -> None:
         """Raise ValueError unless the router does with random scores what its row of ROUTERS promises."""
@@ -664,6 +677,13 @@ class MoEGPT(nn.Module):
         float32, loss, Stats. Raises ValueError for a sequence longer than block_size, or than the cache has
         room for.
         """
+        room = self.config.block_size
+        if cache:
+            cache.make_room(idx.shape[1], active is not None)
+        elif idx.shape[1] > room:
+            raise ValueError(f"{idx.shape[1]} tokens are more than the {room} that block_size allows")
+        elif active is not None:
+            raise ValueError("active needs a cache: without one, padding would compete for experts")
         x, routings = self._trunk(idx, cache, router, active)
         stats = self._collect(routings, idx)
         if targets is None:
@@ -682,36 +702,26 @@ class MoEGPT(nn.Module):
         context = self._context(idx, cache, router, active)
         x = self.embedding(idx)  # (B, T, C)
         routings = []
-        for layer, block in enumerate(self.blocks):
-            caches = (cache.kv[layer], cache.expert_caches[layer]) if cache else (None, None)
-            x, routing = block(x, context, *caches)
-            if routing is not None:
-                routings.append(routing)
-        if cache:
-            cache.advance(idx.shape[1])
+        with without_cudnn() if cache and idx.is_cuda else nullcontext():
+            for layer, block in enumerate(self.blocks):
+                caches = (cache.kv[layer], cache.expert_caches[layer]) if cache else (None, None)
+                x, routing = block(x, context, *caches)
+                if routing is not None:
+                    routings.append(routing)
         return self.norm(x), routings
 
     def _context(
         self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None
     ) -> Context:
         T = idx.shape[1]
-        pos, room = (cache.pos, cache.max_tokens) if cache else (0, self.config.block_size)
-        if pos + T > room:
-            limit = "the cache" if cache else "block_size"
-            raise ValueError(f"{pos + T} tokens are more than the {room} that {limit} allows")
-        position = pos + torch.arange(T, device=idx.device).unsqueeze(0)  # (1, T)
-        visible = None
         if cache:
-            cache.mark(T, active)
-            router = cache.router
-            if cache.padded:
-                position = (cache.active.cumsum(-1) - 1)[:, pos : pos + T].clamp(min=0)  # (B, T)
-            visible = cache.visible(T)
-        elif active is not None:
-            raise ValueError("active needs a cache: without one, padding would compete for experts")
+            place, position, visible = cache.locate(T, active)
+            angles = rope_angles(position, self.config)
+            return Context(ROUTERS[cache.router], angles, visible, active, place, cache.fresh)
         router = router or self.config.router
         check_state(self.config, router)
-        return Context(ROUTERS[router], rope_angles(position, self.config), visible, active, pos)
+        position = torch.arange(T, device=idx.device).unsqueeze(0)  # (1, T)
+        return Context(ROUTERS[router], rope_angles(position, self.config))
 
     def _collect(self, routings: list[Routing], idx: Tensor) -> Stats:
         """Put the layers' statistics together."""
@@ -752,6 +762,7 @@ class MoEGPT(nn.Module):
         stop: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         active: Tensor | None = None,
+        compile: bool = False,
     ) -> Iterator[Chunk]:
         """Continue idx (B, P); yields the prompt, then each of up to max_new_tokens tokens, as it is fed.
 
@@ -762,6 +773,9 @@ class MoEGPT(nn.Module):
         The cache (None: a new one of what is needed, up to block_size) is the window that the model sees.
         When it is full, it is emptied and the newest half of the text is fed again, so that their routing
         begins anew; a prompt that does not fit is cut to its newest max_tokens // 2 tokens.
+
+        compile: a new token's step is one graph of torch.compile, compiled once for each Cache.bucket, which
+        pick_compiled_decoding says when to do.
         """
         require(idx.shape[1] >= 1, "tokens in the prompt", idx.shape[1], "at least 1")
         needed = max(2, idx.shape[1] + max_new_tokens)
@@ -771,46 +785,58 @@ class MoEGPT(nn.Module):
             half = cache.max_tokens // 2
             text, real = text[:, -half:], real[:, -half:]
         draw = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        yield from self._write(text, real, cache, active is not None, draw, max_new_tokens, stop)
+        step = compiled_step(idx.is_cuda) if compile else MoEGPT._step
+        logits, chunk = self._feed(text, real, cache, active is not None)
+        yield chunk
+        padded = active is not None or (stop is not None and len(idx) > 1)  # a row may end before another
+        yield from self._write(logits, chunk, cache, padded, draw, max_new_tokens, stop, step)
 
     def _write(
         self,
-        text: Tensor,
-        real: Tensor,
+        logits: Tensor,
+        chunk: Chunk,
         cache: Cache,
         padded: bool,
         draw: Callable[[Tensor], Tensor],
         max_new_tokens: int,
         stop: int | Sequence[int] | None,
+        step: Callable,
     ) -> Iterator[Chunk]:
-        """`generate` from a prompt text (B, P) that fits. Not all of real (B, P) is True if `padded`."""
-        logits, chunk = self._feed(text, real, cache, padded)
-        yield chunk
-        half, alive = cache.max_tokens // 2, torch.ones_like(real[:, :1])
+        """`generate` after its prompt, of which the model made `logits` and `chunk`."""
+        fed, half = [chunk], cache.max_tokens // 2
+        alive = torch.ones_like(chunk.active[:, :1])
         for _ in range(max_new_tokens):
             token = draw(logits)  # (B, 1)
             if stop is not None:
                 alive = alive & (token != torch.tensor(stop, device=token.device)).all(-1, keepdim=True)
-                n_alive = int(alive.sum())
-                if n_alive == 0:
+                if not alive.any():
                     return
-                padded = padded or n_alive < len(alive)
             if cache.pos == cache.max_tokens:
                 cache.reset()
-                self._feed(text[:, -half:], real[:, -half:], cache, padded)
-            logits, chunk = self._feed(token, alive, cache, padded)
-            text, real = torch.cat([text, token], dim=1), torch.cat([real, alive], dim=1)
+                parts = ([c.tokens for c in fed], [c.active for c in fed])
+                text, real = (torch.cat(part, dim=1)[:, -half:] for part in parts)
+                fed = [self._feed(text, real, cache, padded)[1]]
+            logits, chunk = self._feed(token, alive, cache, padded, step)
+            fed.append(chunk)
             yield chunk
 
-    def _feed(self, idx: Tensor, active: Tensor, cache: Cache, padded: bool) -> tuple[Tensor, Chunk]:
+    def _feed(
+        self, idx: Tensor, active: Tensor, cache: Cache, padded: bool, step: Callable | None = None
+    ) -> tuple[Tensor, Chunk]:
         """Logits (B, V) after the last token of idx (B, t), and what the model gave each of them.
 
         active (B, t) counts only where some token may not be active, which `padded` says.
         """
-        x, routings = self._trunk(idx, cache, None, active if padded else None)
+        cache.make_room(idx.shape[1], padded)
+        logits, mask, x = (step or MoEGPT._step)(self, idx, cache, active if padded else None)
+        return logits, Chunk(idx, mask, active, x)
+
+    def _step(self, idx: Tensor, cache: Cache, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, V) after the last token of idx (B, t), Chunk.mask and Chunk.last_hidden."""
+        x, routings = self._trunk(idx, cache, None, active)
         masks = [routing.mask[..., : self.config.n_expert] for routing in routings]
-        mask = torch.stack(masks, dim=2) if masks else active.new_zeros(*idx.shape, 0, self.config.n_expert)
-        return self.head(x[:, -1]).float(), Chunk(idx, mask, active, x)
+        none = torch.empty(*idx.shape, 0, self.config.n_expert, dtype=torch.bool, device=idx.device)
+        return self.head(x[:, -1]).float(), torch.stack(masks, dim=2) if masks else none, x
 
     def expert_layers(self) -> list[MoE]:
         """The L layers that have experts, in the order of Stats."""
@@ -821,6 +847,12 @@ class MoEGPT(nn.Module):
         total = sum(parameter.numel() for parameter in self.parameters())
         experts = sum(layer.w_in.numel() + layer.w_out.numel() for layer in self.expert_layers())
         return total, total - experts * (self.config.n_expert - self.config.k) // self.config.n_expert
+
+    def step_bytes(self) -> int:
+        """Bytes of weights that a decoding step of one sequence reads: all of an average token's but the
+        embedding, of which it reads one row."""
+        table = 0 if self.config.tie_embeddings else self.embedding.weight.numel()
+        return (self.n_params()[1] - table) * self.head.weight.element_size()
 
     def flops_per_token(self, tokens: int) -> int:
         """Floating-point operations of one training step, per token of a sequence of `tokens`.
@@ -913,6 +945,20 @@ class MoEGPT(nn.Module):
         settings = asdict(config) | {"head_width": config.head_dim, "dense_hidden": config.dense_width}
         settings["n_kv_head"] = config.kv_heads
         hugging_face.write_checkpoint(Path(path), model_type, settings, weights, tokenizer or {}, shard_bytes)
+
+
+@lru_cache
+def compiled_step(gpu: bool) -> Callable:
+    """MoEGPT._step by torch.compile: one graph for each size of its inputs and bucket of its cache; on a GPU
+    a CUDA graph. What it returns is the caller's to keep."""
+    torch._dynamo.config.recompile_limit = 64  # instead of 8: buckets, batch sizes, routers
+    step = torch.compile(MoEGPT._step, fullgraph=True, dynamic=False, mode="reduce-overhead" if gpu else None)
+
+    def run(model: MoEGPT, idx: Tensor, cache: Cache, active: Tensor | None) -> list[Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()  # whose next step writes over what this one returned
+        return [part.clone() for part in step(model, idx, cache, active)]
+
+    return run
 
 
 def sample_token(

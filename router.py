@@ -222,6 +222,9 @@ class ExpertCache:
     `sorted` when there is no room for more. The cache holds B * (max_tokens + RECENT) * c float32 scores; all
     scores, as the paper keeps, would be B * max_tokens * E.
 
+    Only `make_room` counts tokens on the host. `route` with one token has static shapes and writes in place,
+    so that one graph serves all steps.
+
     Measured (bench.py cache, two CPU cores): with 1,024 past tokens a step is 22 (batch 1) to 107 times
     (batch 16) cheaper than ranking them anew; with 4,096 it costs 1.02 to 1.21 times as much as with 128.
     """
@@ -248,7 +251,8 @@ class ExpertCache:
         self.extra_per_token = k - min_experts
         c = self.max_experts - min_experts
         self.sorted = torch.empty(batch_size, max_tokens * c, device=device)  # ascending, -inf where empty
-        self.recent = torch.empty(batch_size, min(self.RECENT, max_tokens) * c, device=device)  # as they came
+        self.room = min(self.RECENT, max_tokens)  # tokens whose candidates fit into `recent`
+        self.recent = torch.empty(batch_size, self.room * c, device=device)  # the newest last, -inf in front
         self.extra_budget = torch.empty(batch_size, 1, dtype=torch.int64, device=device)  # of all tokens fed
         self.spent = torch.empty_like(self.extra_budget)  # of it, by all tokens fed
         self.better_own = torch.arange(c, device=device)  # the better candidates of a candidate's own token
@@ -268,29 +272,37 @@ class ExpertCache:
         return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
     def select(self, scores: Tensor, active: Tensor | None = None) -> Tensor:
-        """Route the next t tokens of every sequence.
+        """Route the next t tokens of every sequence: `make_room`, then `route`, which say more."""
+        self.make_room(scores.shape[1])
+        return self.route(scores, active)
 
-        scores (B, t, E); active (B, t) bool: False marks padding and finished rows, which get no expert, do
-        not compete and do not spend -> mask (B, t, E). Raises ValueError when more than max_tokens are fed in
-        all.
-        """
-        t = scores.shape[1]
-        self._check_room(t)
-        values, expert_ids = rank_experts(scores.detach(), self.max_experts)
-        candidates = values[..., self.min_experts :]  # (B, t, c)
-        if active is not None:
-            candidates = candidates.masked_fill(~active.unsqueeze(-1), -torch.inf)
-        n_extra = self._spend(candidates, active)
-        self._remember(candidates)
-        n_taken = n_extra + self.min_experts
-        return take_best(scores, expert_ids, n_taken if active is None else n_taken * active)
-
-    def _check_room(self, t: int) -> None:
+    def make_room(self, t: int) -> None:
+        """Get ready for t more tokens. Raises ValueError when these make more than max_tokens in all."""
         seen = self.n_sorted + self.n_recent
         if seen + t > self.max_tokens:
             raise ValueError(
                 f"Expert Cache is full: {seen} tokens seen and {t} new, but max_tokens is {self.max_tokens}"
             )
+        if self.n_recent + t > self.room:
+            self._merge(self.recent)
+            self.recent.fill_(-torch.inf)
+            self.n_sorted, self.n_recent = seen, 0
+        if t <= self.room:
+            self.n_recent += t
+
+    def route(self, scores: Tensor, active: Tensor | None = None) -> Tensor:
+        """Route the t tokens for which there is room now.
+
+        scores (B, t, E); active (B, t) bool: False marks padding and finished rows, which get no expert, do
+        not compete and do not spend -> mask (B, t, E).
+        """
+        values, expert_ids = rank_experts(scores.detach(), self.max_experts)
+        candidates = values[..., self.min_experts :]  # (B, t, c)
+        if active is not None:
+            candidates = candidates.masked_fill(~active.unsqueeze(-1), -torch.inf)
+        n_taken = self._spend(candidates, active) + self.min_experts
+        self._remember(candidates)
+        return take_best(scores, expert_ids, n_taken if active is None else n_taken * active)
 
     def _spend(self, candidates: Tensor, active: Tensor | None) -> Tensor:
         """How many of its candidates (B, t, c) each token takes, (B, t), counted against the extra budget."""
@@ -317,27 +329,27 @@ class ExpertCache:
         return (better < extra_budget).sum(-1, keepdim=True)
 
     def _count_many(self, candidates: Tensor, extra_budget: Tensor) -> Tensor:
-        c = candidates.shape[-1]
-        in_sorted = self.sorted[:, self.sorted.shape[1] - self.n_sorted * c :]
-        past = torch.cat([in_sorted, self.recent[:, : self.n_recent * c]], dim=1)
+        empty = self.sorted.shape[1] - self.n_sorted * candidates.shape[-1]
+        past = torch.cat([self.sorted[:, empty:], self.recent], dim=1)
         return count_above_threshold(candidates, past, extra_budget)
 
     def _remember(self, candidates: Tensor) -> None:
-        """Add candidates (B, t, c) to the recent ones while there is room; else merge all into the sorted."""
         _, t, c = candidates.shape
-        start, end = self.n_recent * c, (self.n_recent + t) * c
-        if end <= self.recent.shape[1]:
-            self.recent[:, start:end] = candidates.flatten(1)
-            self.n_recent += t
-            return
-        new = torch.cat([self.recent, candidates.flatten(1)], dim=1).sort(dim=-1).values  # (B, n)
+        new = candidates.flatten(1)
+        if t <= self.room:
+            self.recent.copy_(torch.cat([self.recent, new], dim=1)[:, t * c :])
+        else:  # `make_room` has emptied the recent ones
+            self._merge(new)
+            self.n_sorted += t
+
+    def _merge(self, candidates: Tensor) -> None:
+        """Merge candidates (B, n) into the sorted ones, in place of the n lowest, which are empty."""
+        new = candidates.sort(dim=-1).values
         place = torch.searchsorted(self.sorted, new) + torch.arange(new.shape[1], device=new.device)
         merged = new.new_empty(new.shape[0], self.sorted.shape[1] + new.shape[1])
         is_new = torch.zeros_like(merged, dtype=torch.bool).scatter_(1, place, True)
         merged = merged.masked_scatter_(~is_new, self.sorted).scatter_(1, place, new)
-        self.sorted = merged[:, new.shape[1] :].clone()  # the n lowest are places still empty
-        self.recent.fill_(-torch.inf)
-        self.n_sorted, self.n_recent = self.n_sorted + self.n_recent + t, 0
+        self.sorted.copy_(merged[:, new.shape[1] :])
 
 
 # -------------------- the table ---------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from config import bad_input_exits, parse, printable, require
-from config.device import pick_device, pick_dtype
+from config.device import decoding_threads, pick_compiled_decoding, pick_device, pick_dtype
 from config.files import whole
 from data import AnyTokenizer, hf_tokenizer, make_tokenizer
 from data.source import read_text
@@ -65,6 +65,7 @@ class SampleConfig:
     seed: int = 1337  # same seed, same text
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     dtype: str = "auto"  # auto (a Hugging Face model's own), float32, bfloat16 or float16
+    compile: str = "auto"  # compile the step of a token: auto (where many steps repay it), true or false
     show_experts: bool = False  # colour each token by its experts, as the mean over layers
     html: str | None = None  # also write a page to this file, with the experts of each token in each layer
     svg: str | None = None  # also draw the last text, each token coloured by its experts, into this file
@@ -112,16 +113,19 @@ def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
     if needed > (window := cache.max_tokens):
         again = f"the newest {window // 2} are fed again, their experts chosen anew"
         about.append(f"note: past block_size = {window} tokens, {again}")
+    compile, why = pick_compiled_decoding(config.compile, config.num_samples * config.max_new_tokens)
+    about.append(f"compile: {str(compile).lower()} ({why})")
     print(*about, sep="\n")
     if config.show_experts:
         print("experts per token:", *(paint(text, colour) for text, colour in legend(model.config.k)))
-    samples = write_samples(model, cache, prompt, tokenizer, config)
+    with decoding_threads(device, model.step_bytes()) as threads:
+        samples = write_samples(model, cache, prompt, tokenizer, config, compile)
     texts = [token_rows(sample.chunks, model.head, tokenizer) for sample in samples] if html or svg else []
     if html:
         html.write(page(texts, model.config, [*about, drawn_by(config, model.config)]))
     if svg:
         svg.write(picture(texts[-1] if texts else [], model.config.k))
-    print("\n" + summary(samples, cache))
+    print("\n" + summary(samples, cache, threads if device.type == "cpu" else None))
 
 
 def load_run(config: SampleConfig) -> tuple[dict, Path]:
@@ -167,12 +171,18 @@ def read_prompt(prompt: str) -> str:
 
 
 def write_samples(
-    model: MoEGPT, cache: Cache, prompt: list[int], tokenizer: AnyTokenizer, config: SampleConfig
+    model: MoEGPT,
+    cache: Cache,
+    prompt: list[int],
+    tokenizer: AnyTokenizer,
+    config: SampleConfig,
+    compile: bool,
 ) -> list[Sample]:
     """Write the samples one after the other, until Ctrl-C. They share the cache and the random numbers."""
     idx = torch.tensor([prompt], device=model.head.weight.device)  # (1, P)
     options = {key: getattr(config, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
     options |= {"generator": torch.Generator(idx.device).manual_seed(config.seed), "stop": tokenizer.stops}
+    options["compile"] = compile
     samples = []
     with contextlib.suppress(KeyboardInterrupt):
         for number in range(1, config.num_samples + 1):
@@ -236,7 +246,7 @@ def describe(model: MoEGPT, router: str) -> str:
     return f"{size}, router {router}{trained}, {dtype} on {weight.device}"
 
 
-def summary(samples: list[Sample], cache: Cache) -> str:
+def summary(samples: list[Sample], cache: Cache, threads: int | None) -> str:
     written = sum(len(sample.chunks) - 1 for sample in samples)
     seconds = sum(sample.times[-1] - sample.times[0] for sample in samples)  # without the prompts
     counts = [chunk.n_taken.flatten() for sample in samples for chunk in sample.chunks]
@@ -244,6 +254,7 @@ def summary(samples: list[Sample], cache: Cache) -> str:
     mean = f", {experts.mean():.2f} experts per token" if len(experts) else ""
     sizes = f"KV cache {human_bytes(cache.kv_nbytes)}, Expert Cache {human_bytes(cache.expert_nbytes)}"
     speed = f"{written} new tokens, {written / max(seconds, 1e-9):.1f} tokens/s"
+    speed += f" on {threads} thread{'s'[: threads > 1]}" if threads else ""
     return f"{speed}{mean}; {sizes} (room for {cache.max_tokens} tokens)"
 
 

@@ -810,7 +810,7 @@ def run_to_the_end(run: Run) -> None:
             print(f"time      all {config.max_iters:,} iterations are done: go on with a higher --max_iters")
         finished = train(run)
         if finished and config.sample_tokens and rank() == 0:
-            if run.forward is not run.model or world() == 1:  # no process alone has the weights of a shard
+            if world() == 1 or not config.shard:  # no process alone has the weights of a shard
                 print_sample(run)
             shown = ["--show_experts"] * bool(run.model.expert_layers())
             print(f"--- more: {command('sample.py', config, *shown)}")

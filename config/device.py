@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -59,6 +61,43 @@ def check_memory(n_bytes: int, what: str, device: torch.device) -> None:
     if n_bytes > total and device.type != "meta":  # which needs none
         needs = f"needs at least {n_bytes / 1e9:,.0f} GB of memory, but {device} has {total / 1e9:,.0f} GB"
         raise ValueError(f"{what} {needs}: choose smaller ones")
+
+
+REPAID_STEPS = 20_000
+ONE_THREAD_BYTES = 50e6
+
+
+def pick_compiled_decoding(name: str, steps: int) -> tuple[bool, str]:
+    """Whether to compile the step of MoEGPT.generate (auto: where so many steps repay it), and why.
+
+    Raises ValueError for other names, and for true where no C++ compiler is found.
+    """
+    name = name.lower()
+    require(name in ("auto", "true", "false"), "compile", name, "auto, true or false")
+    if name == "false":
+        return False, "as asked"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        require(name == "auto", "compile", name, f"auto or false where there is no C++ compiler ({compiler})")
+        return False, f"no C++ compiler ({compiler}) is found"
+    if name == "true":
+        return True, "as asked"
+    return steps >= REPAID_STEPS, f"compiling is repaid by {REPAID_STEPS:,} steps, and these are {steps:,}"
+
+
+@contextmanager
+def decoding_threads(device: torch.device, step_bytes: int) -> Iterator[int]:
+    """As many CPU threads as suit a step that reads so many bytes: one below ONE_THREAD_BYTES, else all.
+
+    Little work ends sooner than a thread that another process keeps waiting.
+    """
+    all_threads = torch.get_num_threads()
+    n = 1 if device.type == "cpu" and step_bytes < ONE_THREAD_BYTES else all_threads
+    torch.set_num_threads(n)
+    try:
+        yield n
+    finally:
+        torch.set_num_threads(all_threads)
 
 
 def keep_freed_memory() -> None:

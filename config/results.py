@@ -201,9 +201,10 @@ def show(rows: list[dict]) -> None:
 
 
 def lines_of(rows: list[dict]) -> list[list[str]]:
-    """Head and body of a table of the keys that have a value in some row."""
-    keys = dict.fromkeys(key for row in rows for key in row if row[key] is not None and key != "curves")
-    return [list(keys)] + [[cell(row.get(key), key.endswith("to base")) for key in keys] for row in rows]
+    """Head and body of a table of the keys that have a value in some row, and one that fits a cell."""
+    found = dict.fromkeys(key for row in rows for key in row if row[key] is not None)
+    keys = [key for key in found if not key.endswith(("curves", "by trunk"))]
+    return [keys] + [[cell(row.get(key), key.endswith("to base")) for key in keys] for row in rows]
 
 
 def cell(value: object, signed: bool = False) -> str:

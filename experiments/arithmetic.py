@@ -13,20 +13,22 @@ from experiments.lab import Lab, run_question
 import data
 from router import ROUTERS
 
+ANSWER_TOKENS = 100  # about so many for the longest answer
+
 
 @dataclass(frozen=True)
 class Options(solve.DecodeOptions):
     """Which problems."""
 
     problems: int = 300  # so many of each level
-    batch_size: int = 100  # problems at once
 
 
 def answer(lab: Lab) -> list[dict]:
     config = lab.config
     model, tokenizer, folder = solve.open_model(lab, "out/arithmetic_seqtopk", config.k)
     problems = solve.test_problems(data.load("arithmetic").folder, config.problems)
-    solved = solve.solve(model, tokenizer, problems, config.router, config.batch_size)
+    compile = config.compiles(len(problems), ANSWER_TOKENS)
+    solved = solve.solve(model, tokenizer, problems, config.router, config.batch_size, compile)
     name = f"{folder}, router {config.router or ROUTERS[model.config.router].decode}"
     rows = []
     for level in sorted({problem["level"] for problem in problems}):

@@ -57,8 +57,8 @@ class DiscountCache(ExpertCache):
         """As ExpertCache, for options strict and device."""
         super().__init__(batch_size, max_tokens, k, n_expert, max_experts=n_expert, **options)
 
-    def select(self, scores: Tensor, active: Tensor | None = None) -> Tensor:
-        return super().select(discount_by_rank(scores), active)
+    def route(self, scores: Tensor, active: Tensor | None = None) -> Tensor:
+        return super().route(discount_by_rank(scores), active)
 
 
 ROUTERS["seqtopk_discount"] = Router(

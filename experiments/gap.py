@@ -12,15 +12,7 @@ from torch import Tensor
 
 from experiments.lab import Arm, Judged, Lab, OpenRun, judged, router_arms, run_question
 
-from router import (
-    ROUTERS,
-    State,
-    cap_spending,
-    check_bounds,
-    count_above_threshold,
-    rank_experts,
-    take_best,
-)
+from router import ROUTERS, State, cap_spending, check_bounds, count_above_threshold, rank_experts, take_best
 
 PRIORS = (0, 1, 4, 16, 64, 256, 4096)  # tokens
 

@@ -28,6 +28,7 @@ from typing import IO, NamedTuple, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,8 +55,8 @@ UNTUNED = ", untuned"  # ends the name of an arm without training
 FEWEST, ERRORS = 5, 3  # a difference is called one from so many runs and beyond so many standard errors
 BETTER = {"nats": -1, "exact match": 1}  # what is compared, and whether less or more of it is better
 EQUAL = "nats, at equal spending, to base"
-VERDICTS = {f"{key}, to base": f"verdict, {key}" for key in BETTER} | {EQUAL: "verdict, equal spending"}
-VERDICTS["nats, to base"] = "verdict"
+VERDICTS = {"nats, to base": "verdict", "exact match, to base": "verdict, exact match"}
+VERDICTS |= {EQUAL: "verdict, equal spending"}
 COLUMNS = {
     "runs": "behind +- is the standard error of the mean over them; of untuned rows, a run is a part of the "
     "validation text under a trunk",
@@ -115,7 +116,6 @@ class Lab(results.Machine):
     """The options, the machine, the deadline, and what is told of the runs beside the rows."""
 
     missing: list[str] = field(default_factory=list)  # runs that failed or did not begin
-    by_trunk: dict[str, dict[int, float]] = field(default_factory=dict)  # of a row: seed -> nats, to base
 
     @cached_property
     def deadline(self) -> float:
@@ -160,7 +160,7 @@ class Lab(results.Machine):
         name, seeds = self.config.config, len({start.seed for start in self.starts})
         if not self.trunk:
             return f"{seeds} runs of each arm from scratch, {name}"
-        iterations = quickened(TUNING)["max_iters"] if self.config.quick else TUNING["max_iters"]
+        iterations = quickened(self.config, TUNING)["max_iters"]
         return f"{self.branches} branches of {iterations} iterations after each of {seeds} trunks, {name}"
 
     def autocast(self):
@@ -189,8 +189,7 @@ def main(answer: Callable[[Lab], list[dict]], options: type[results.Options], ar
     columns = dict.fromkeys(key for row in rows for key in row)
     print(*(f"{key}: {COLUMNS[key]}" for key in columns if key in COLUMNS), sep="\n")
     if isinstance(lab.config, Options):
-        report |= {"design": lab.design, "by trunk": results.rounded(lab.by_trunk)}
-        report["comparisons"] = comparisons(rows)
+        report |= {"design": lab.design, "comparisons": comparisons(rows)}
         print(f"design: {lab.design}\ncomparisons: {report['comparisons']}")
     results.finish(report, lab.config.json)
 
@@ -257,7 +256,7 @@ def compare(lab: Lab, arms: list[Arm]) -> list[dict]:
 
 def judged(lab: Lab, arms: list[Arm], judge: Judge, **opening) -> list[dict]:
     """Train the arms where need be, and open each run (open_run). A row of means for each name of `judge`."""
-    return rows_of(lab, gather(lab, arms, judge, **opening))
+    return rows_of(gather(lab, arms, judge, **opening))
 
 
 def gather(lab: Lab, arms: list[Arm], judge: Judge, **opening) -> dict[str, Compared]:
@@ -272,15 +271,9 @@ def gather(lab: Lab, arms: list[Arm], judge: Judge, **opening) -> dict[str, Comp
     return found
 
 
-def rows_of(lab: Lab, found: dict[str, Compared]) -> list[dict]:
-    rows = []
-    for name, (base, runs) in found.items():
-        against = found[base].runs if base in found and base != name else {}
-        rows.append(mean_row(name, runs, against))
-        if paired := differences(runs, against, "nats"):
-            seeds = {start.seed: [d for s, d in paired.items() if s.seed == start.seed] for start in paired}
-            lab.by_trunk[name] = {seed: mean(values) for seed, values in seeds.items()}
-    return rows
+def rows_of(found: dict[str, Compared]) -> list[dict]:
+    against = {name: found[base].runs for name, (base, _) in found.items() if base in found and base != name}
+    return [mean_row(name, runs, against.get(name, {})) for name, (_, runs) in found.items()]
 
 
 def mean_row(name: str, runs: dict[Start, dict], base: dict[Start, dict]) -> dict:
@@ -294,8 +287,11 @@ def mean_row(name: str, runs: dict[Start, dict], base: dict[Start, dict]) -> dic
             row["tokens"] = values[0]
         else:
             row |= with_verdict(key, values, -1)
-        if key in BETTER and (paired := list(differences(runs, base, key).values())):
-            row |= with_verdict(f"{key}, to base", paired, BETTER[key])
+        if key in BETTER and (paired := differences(runs, base, key)):
+            row |= with_verdict(f"{key}, to base", list(paired.values()), BETTER[key])
+            row[f"{key}, by trunk"] = {
+                a.seed: mean(paired[b] for b in paired if b.seed == a.seed) for a in paired
+            }
     return row
 
 
@@ -467,15 +463,16 @@ def file_settings(name: str) -> dict[str, object]:
     return {key: value for key, value in read_file(name).items() if isinstance(value, PLAIN)}
 
 
-def quickened(settings: dict[str, object]) -> dict[str, object]:
-    """The settings of --quick."""
-    return settings | {key: max(1, settings[key] // QUICK) for key in QUICKENED if settings.get(key)}
+def quickened(config: Options, settings: dict[str, object]) -> dict[str, object]:
+    """These settings, or those of --quick."""
+    fewer = {key: max(1, settings[key] // QUICK) for key in QUICKENED if settings.get(key)}
+    return settings | fewer if config.quick else settings
 
 
 def run_settings(config: Options, arm: Arm, start: Start) -> dict[str, object]:
     """What train.py is told for a run, apart from its folder."""
     settings = file_settings(config.config) | (TUNING if arm.after else {}) | arm.settings
-    settings = (quickened(settings) if config.quick else settings) | {"seed": start.seed}
+    settings = quickened(config, settings) | {"seed": start.seed}
     where = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
     settings |= {key: value for key, value in where.items() if value != "auto"}
     if arm.after:
@@ -565,9 +562,8 @@ class OpenRun(NamedTuple):
 
 def loss_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """In nats, of each token: logits (B, T, V), targets (B, T) -> (B, T) each."""
-    log_share = logits.log_softmax(-1)
-    loss = -log_share.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return loss.float(), -(log_share.exp() * log_share).sum(-1).float()
+    loss = F.cross_entropy(logits.movedim(-1, 1), targets, reduction="none")
+    return loss, torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
 def open_run(lab: Lab, arm: Arm, start: Start, tokens: int | None = None, **changes) -> OpenRun:

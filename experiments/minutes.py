@@ -39,7 +39,8 @@ def answer(lab: Lab) -> list[dict]:
     rows = {row["what"]: row for row in compare(lab, arms)}
     arms = [arm for arm in arms if arm.name in rows]
     for arm, seconds in zip(arms, seconds_of_iterations(lab, arms), strict=True):
-        curves = [curve(run_folder(lab.config, arm, start), seconds) for start in lab.starts]
+        folders = [run_folder(lab.config, arm, start) for start in lab.starts]
+        curves = [curve(folder, seconds) for folder in folders if (folder / "finished").is_file()]
         rows[arm.name] |= {
             "ms/iteration": 1000 * seconds,
             "minutes": curves[0]["minutes"][-1],

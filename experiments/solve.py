@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import data
 from config import results
+from config.device import pick_compiled_decoding
 from data import AnyTokenizer
 from data.arithmetic.prepare import is_correct, prompt_of
 from model import Chunk, MoEGPT, load_checkpoint
@@ -36,6 +37,12 @@ class DecodeOptions(Options):
 
     router: str | None = None  # any causal one (none: the stand-in for the run's own)
     k: int | None = None  # experts per token on average (none: the model's)
+    compile: str = "auto"  # compile the step of a token: auto (where many steps repay it), true or false
+    batch_size: int = 100  # problems at once
+
+    def compiles(self, problems: int, tokens: int) -> bool:
+        """Whether to compile for so many answers of up to so many tokens."""
+        return pick_compiled_decoding(self.compile, math.ceil(problems / self.batch_size) * tokens)[0]
 
 
 def open_model(machine: results.Machine, run: str, k: int | None = None) -> tuple[MoEGPT, AnyTokenizer, Path]:
@@ -78,19 +85,27 @@ def solve(
     problems: list[dict],
     router: str | None = None,
     batch_size: int = 100,
+    compile: bool = False,
 ) -> list[Solved]:
     """Of each problem, whether the greedy answer is right, and its mean experts per token."""
     solved = []
     for start in tqdm(range(0, len(problems), batch_size), unit="batch", disable=None):
         some = problems[start : start + batch_size]
         room = 32 + max(len(tokenizer.encode(problem["answer"])) for problem in some)
-        answers = answer_prompts(model, tokenizer, [prompt_of(p["question"]) for p in some], room, router)
+        answers = answer_prompts(
+            model, tokenizer, [prompt_of(p["question"]) for p in some], room, router, compile
+        )
         solved += [(is_correct(text, p["result"]), experts) for (text, experts), p in zip(answers, some)]
     return solved
 
 
 def answer_prompts(
-    model: MoEGPT, tokenizer: AnyTokenizer, prompts: list[str], room: int, router: str | None
+    model: MoEGPT,
+    tokenizer: AnyTokenizer,
+    prompts: list[str],
+    room: int,
+    router: str | None,
+    compile: bool = False,
 ) -> list[tuple[str, float]]:
     """Of each prompt, the greedy continuation, and the mean experts per token of both.
 
@@ -101,7 +116,8 @@ def answer_prompts(
     idx, active = pad(ids).to(device), pad([torch.ones_like(p).bool() for p in ids]).to(device)
     cache = model.new_cache(len(prompts), idx.shape[1] + room, router)
     chunks = []
-    for chunk in model.generate(idx, room, cache, temperature=0, stop=tokenizer.stops, active=active):
+    options = {"temperature": 0, "stop": tokenizer.stops, "active": active, "compile": compile}
+    for chunk in model.generate(idx, room, cache, **options):
         chunks.append(chunk)
         if len(chunks) % CHECK_EVERY == 0:
             texts = continuations(tokenizer, chunks)

@@ -43,7 +43,7 @@ def answer(lab: Lab) -> list[dict]:
 
     found = labs.gather(lab, [*switched, *arms, *noise(by_k[NOISY_K][0])], judge)
     add_equal_spending(found)
-    return labs.rows_of(lab, found)
+    return labs.rows_of(found)
 
 
 def arms_of(lab: Lab, k: int) -> list[Arm]:

@@ -11,7 +11,6 @@ import torch
 import data
 import train
 from config import bad_input_exits
-from model import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TEXT = [
@@ -48,7 +47,7 @@ def assert_same_runs(a, b, *names):
     """Two runs agree to the last bit in their logs and in all that training goes on from."""
     assert entries(a) == entries(b)
     for name in names or ("last.pt", "best.pt"):
-        left, right = load_checkpoint(a / name), load_checkpoint(b / name)
+        left, right = torch.load(a / name), torch.load(b / name)
         for key in ("model", "optimizers", "scaler", "rng", "step", "best"):
             assert_same(left[key], right[key])
 

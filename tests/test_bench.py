@@ -15,7 +15,7 @@ from model import MoEGPT
 
 SIZES = {"n_embd": 16, "n_hidden": 8, "n_expert": 8, "k": 2, "n_head": 2, "n_layer": 2, "vocab_size": 64}
 TOY = [f"--{key}={value}" for key, value in SIZES.items()]
-TOY += ["--batch_size=2", "--tokens=16", "--effort=0", "--device=cpu"]
+TOY += ["--batch_size=2", "--tokens=16", "--effort=0", "--device=cpu", "--compile=false"]
 
 
 def on_cpu(**options):
@@ -90,7 +90,8 @@ FIELDS = {
     "router": "ms, us per token, time/topk",
     "layer": "ms, GFLOP/s, of matmul, speed/dense",
     "train": "tokens/s, GFLOP/s, MFU %, peak GB, time/topk, paper",
-    "decode": "topk tokens/s, online tokens/s, speed/topk, prefill tokens/s, KV MB, expert MB, paper",
+    "decode": "topk tokens/s, online tokens/s, speed/topk, of bandwidth, MB experts, prefill tokens/s, "
+    "KV MB, expert MB, paper",
     "cache": "us per step, time/16",
     "peers": "ours tokens/s, theirs, speed/theirs",
 }
@@ -120,7 +121,7 @@ def test_cache_has_a_row_for_each_length(run):
     assert [row["what"] for row in rows] == [f"batch 2, {name}" for name in names]
 
 
-@pytest.mark.parametrize("past", [1, 64, 100])
+@pytest.mark.parametrize("past", [1, 63, 100])
 def test_one_of_the_steps_that_the_cache_is_timed_at_merges(past):
     """However many tokens came before, the mean of CYCLE steps holds a merge's cost once."""
     cache = bench.ExpertCache(2, past + bench.CYCLE, 2, 8)

@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,19 @@ def test_micro_batches_must_divide_among_processes(monkeypatch):
     monkeypatch.setattr(train, "world", lambda: 4)
     with refused("gradient_accumulation_steps is 6, but must be a multiple of 4, the number of processes"):
         train.check_processes(train.TrainConfig(gradient_accumulation_steps=6))
+
+
+@pytest.mark.parametrize("world, shard, prints", [(1, True, 1), (2, False, 1), (2, True, 0)])
+def test_only_a_whole_model_prints_a_sample(monkeypatch, world, shard, prints):
+    """Compiled, `forward` is another module than the model, sharded or not."""
+    printed, model = [], MoEGPT(MoEConfig(vocab_size=2))
+    config = train.TrainConfig(shard=shard, max_iters=1)
+    run = SimpleNamespace(config=config, model=model, forward=torch.nn.Module(), step=1, saved=1)
+    for name, value in {"world": lambda: world, "describe": str, "train": lambda run: True}.items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train, "print_sample", printed.append)
+    train.run_to_the_end(run)
+    assert len(printed) == prints
 
 
 def test_experts_without_tokens_have_a_zero_gradient():

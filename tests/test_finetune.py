@@ -297,7 +297,7 @@ def test_right_answers_are_counted(problems, tmp_path, capsys, monkeypatch):
     tested = gsm8k.read_test(tmp_path / "data" / "test.jsonl")
     wrong = prompt_of(tested[0].prompt)
 
-    def answer(model, tokenizer, prompts, room, router):
+    def answer(model, tokenizer, prompts, room, router, compile):
         answers = [f" {right[prompt]}\n#### 7" for prompt in prompts]
         if wrong in prompts:  # the right number, but below another question
             answers[prompts.index(wrong)] = f" #### $1\n\nQuestion: And?\nAnswer: {right[wrong]}"
@@ -336,7 +336,7 @@ def test_generation_ends_after_the_final_answers():
     tokenizer = data.train_bpe(["ab"], 257, "x")
     texts = ["a #### 12\nQuestion: b", "#### 1"]
 
-    def generate(idx, room, cache, temperature, stop, active):
+    def generate(idx, room, cache, temperature, stop, active, compile):
         yield Chunk(idx, torch.ones(*idx.shape, 1, 1), active, None)
         for place in range(room):
             ids = [[tokenizer.encode(text.ljust(200))[place]] for text in texts]

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,16 +12,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as model_module
 from config import parse
+from config.device import pick_compiled_decoding
 from model import (
     Context,
     MoEConfig,
     MoEGPT,
+    compiled_step,
     load_checkpoint,
     rope_angles,
     rotate,
     run_experts,
-    run_few_pairs,
+    run_on_cpu,
     sample_token,
     save_checkpoint,
 )
@@ -170,7 +174,7 @@ def with_gradients(run, inputs: list[Tensor], push: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_equal_the_loop_over_tokens_and_experts(kind, shape, numbers):
     """Whatever the mask, and however many rows are spare: with gradients and without, run_experts gives the
-    reference's values, run_few_pairs does too, and what is not routed has a gradient of exactly zero."""
+    reference's values, run_on_cpu does too, and what is not routed has a gradient of exactly zero."""
     (S, E), (dtype, scales, tolerance) = SHAPES[shape], NUMBERS[numbers]
     g = torch.Generator().manual_seed(9)  # no sum cancels, which would magnify what bfloat16 rounds
     mask, weight = draw_mask(kind, S, E, g), torch.rand(S, E, generator=g)
@@ -185,16 +189,16 @@ def test_experts_equal_the_loop_over_tokens_and_experts(kind, shape, numbers):
         _, d_x, d_weight, d_in, d_out = got
         assert not d_x[~mask.any(1)].any() and not d_weight[~mask].any()
         assert not d_in[~mask.any(0)].any() and not d_out[~mask.any(0)].any()
-        for run in (run_experts, run_few_pairs):
-            with torch.no_grad():
-                y = run(x, mask, weight, w_in, w_out, size)
+        with torch.no_grad():
+            found = run_experts(x, mask, weight, w_in, w_out, size), run_on_cpu(x, mask, weight, w_in, w_out)
+        for y in found:
             assert y.dtype == got[0].dtype == torch.float32
             assert_near([y], want[:1], tolerance)
 
 
 # -------------------- the MoE layer ----------------------------------------------------------------------
 
-NOWHERE = Context(None, angles=None, visible=None, active=None, pos=0)  # all that MoE looks at but its router
+NOWHERE = Context(None, angles=None)  # all that MoE looks at but its router
 BESTS = [{"norm_best": n} for n in (None, 0, 1, 5)]
 NORMS = [{"norm_topk": True}, *BESTS]
 LAYERS = [("topk", {"score_fn": fn, **norm}) for fn in ("softmax", "sigmoid") for norm in NORMS]
@@ -661,6 +665,43 @@ def test_a_cache_of_its_own_has_the_room_that_is_needed(monkeypatch):
     for prompt, new in ((3, 4), (20, 30), (30, 1), (1, 0)):
         list(model.generate(tokens(1, prompt), new))
     assert rooms == [7, 24, 24, 2]
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """torch.compile begins anew, and is told its backend by whoever calls this."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled_step.cache_clear()
+    yield lambda backend: monkeypatch.setattr("torch.compile", partial(torch.compile, backend=backend))
+    compiled_step.cache_clear()
+
+
+@pytest.mark.skipif(not pick_compiled_decoding("auto", 10**9)[0], reason="needs a C++ compiler")
+def test_a_compiled_step_is_one_graph_for_each_bucket(compiling, monkeypatch):
+    """300 tokens cost a graph for each size of the bucket, whatever is padded or has stopped, and are those
+    that are written without."""
+    monkeypatch.setattr(model_module, "MIN_BUCKET", 256)
+    model, idx, active = make(n_layer=1), tokens(2, 6), torch.ones(2, 6) > 0
+    active[0, :2] = False
+    texts = [
+        joined(
+            list(model.generate(idx, 300, model.new_cache(2, 400), **GREEDY, active=active, compile=compile))
+        )
+        for compile in (False, True)
+    ]
+    assert torch.equal(*texts) and texts[0].shape == (2, 306)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("name", ["null_experts", "top_p"])
+def test_other_routers_decode_in_one_graph(name, compiling):
+    """With a bound on their pairs, and without."""
+    compiling("aot_eager")
+    model, idx = make(name, n_layer=1), tokens(2, 6)
+    texts = [joined(list(model.generate(idx, 5, **GREEDY, compile=compile))) for compile in (False, True)]
+    assert torch.equal(*texts)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # -------------------- counting ---------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from runs import (
 
 import sample
 import train
-from model import load_checkpoint
 from router import ROUTERS, Router, seqtopk, topk
 
 FILES = {
@@ -95,7 +94,7 @@ def test_it_trains_and_resumes(own, dataset, tmp_path, monkeypatch):
     when(monkeypatch, 3, interrupt)
     with pytest.raises(SystemExit):
         train_with(file, dataset=dataset, out_dir=tmp_path / "run", router=name)
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+    assert torch.load(tmp_path / "run" / "last.pt")["step"] == 3
     command(train.main, file, *flags(init_from="resume", out_dir=tmp_path / "run"))
     assert_same_runs(tmp_path / "run", straight)
 
@@ -128,7 +127,7 @@ def test_a_topk_run_goes_on_under_it(own, dataset, tmp_path):
     train_with(None, dataset=dataset, out_dir=tmp_path / "topk", router="topk")
     train_with(file, init_from=tmp_path / "topk", dataset=dataset, out_dir=tmp_path / "run", router=name)
     before, after = (entries(tmp_path / run, "eval")[-1]["causal"]["loss"] for run in ("topk", "run"))
-    assert after < before and load_checkpoint(tmp_path / "run" / "last.pt")["config"]["router"] == name
+    assert after < before and torch.load(tmp_path / "run" / "last.pt")["config"]["router"] == name
 
 
 def test_state_loss_and_update_all_count(dataset, tmp_path):
@@ -143,14 +142,14 @@ def test_state_loss_and_update_all_count(dataset, tmp_path):
     for name, text in texts.items():
         (tmp_path / "mine.py").write_text(text)
         train_with(tmp_path / "mine.py", dataset=dataset, out_dir=tmp_path / name, router="fair")
-        models[name] = load_checkpoint(tmp_path / name / "last.pt")["model"]
+        models[name] = torch.load(tmp_path / name / "last.pt")["model"]
     for name, updates in (("whole", 10), ("no loss", 10), ("no update", 0)):
         for layer in range(2):
             head_start = models[name][f"blocks.{layer}.mlp.state.head_start"]
             assert models[name][f"blocks.{layer}.mlp.state.updates"] == updates
             assert head_start.any() == (updates > 0) and head_start.sum().abs() < 1e-6
     train_with(None, dataset=dataset, out_dir=tmp_path / "topk", router="topk")
-    topk = load_checkpoint(tmp_path / "topk" / "last.pt")["model"]
+    topk = torch.load(tmp_path / "topk" / "last.pt")["model"]
     assert_same({key: models["no update"][key] for key in topk}, topk)
     heads = [model["head.weight"] for model in models.values()]
     assert not any(torch.equal(heads[a], heads[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
@@ -203,7 +202,7 @@ def test_a_state_is_not_inherited_from_another_router(dataset, tmp_path):
     file.write_text(FILES["fair"])
     more = settings | {"init_from": settings["out_dir"], "out_dir": tmp_path / "fair", "max_iters": 2}
     train_with(file, router="fair", **more)
-    weights = load_checkpoint(tmp_path / "fair" / "last.pt")["model"]
+    weights = torch.load(tmp_path / "fair" / "last.pt")["model"]
     assert weights["blocks.0.mlp.state.updates"] == 2 and "blocks.0.mlp.state.cutoff" not in weights
 
 

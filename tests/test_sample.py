@@ -150,7 +150,7 @@ def test_ends_with_a_summary(say, run, tokenizer):
     lines = say(f"--prompt={PROMPT}", "--max_new_tokens=31").splitlines()
     assert str(run / "best.pt") in lines[0]
     assert "router online_seqtopk (trained with seqtopk), float32 on cpu" in lines[0]
-    numbers = r"31 new tokens, [\d.]+ tokens/s, [12]\.\d\d experts per token; "
+    numbers = r"31 new tokens, [\d.]+ tokens/s on 1 thread, [12]\.\d\d experts per token; "
     sizes = r"KV cache 8 KiB, Expert Cache [\d.]+ (KiB|B) \(room for 32 tokens\)"
     assert re.fullmatch(numbers + sizes, lines[-1])
     assert f"(room for {len(tokenizer.encode('def f')) + 12} tokens)" in say("--prompt=def f")
