@@ -153,9 +153,8 @@ class TrainConfig(MoEConfig):
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
 OPTIMIZER = ["optimizer", "train_only", "weights_dtype"]
 # What train.py adds to a checkpoint, for check; and the names of what each optimiser keeps of a weight.
-RUN = {"optimizers": [{"state": {int: {str: Tensor}}, "param_groups": [dict]}], "scaler": dict, "rng": Tensor}
-RUN |= {"step": COUNT, "evaluated": range(-1, 2**63), "best": float, "source_sha256": str, "tokenizer": dict}
-RUN |= {"data_sha256?": str}
+RUN = {"train_config": dict, "tokenizer": dict, "source_sha256": str, "data_sha256?": str, "optimizers": list}
+RUN |= {"step": COUNT, "evaluated": range(-1, 2**63), "best": float, "scaler": dict, "rng": Tensor}
 KEPT = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "RoundingAdamW": {"mean", "square"}, "Muon": {"mean"}}
 
 
@@ -180,16 +179,13 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
     if init_from == "resume":
         old, fixed = checkpoint["train_config"], fixed + DATA_ORDER + OPTIMIZER
     old = asdict(TrainConfig()) | old  # settings younger than the checkpoint
-    changed = [name for name in fixed if given.get(name, old[name]) != old[name]]
+    changed = [name for name in fixed if name in given and given[name] != old[name]]
     if changed:
         difference = ", ".join(f"{name} is {old[name]} there and {given[name]} here" for name in changed)
         remedy = "drop these or start from scratch"
         raise ValueError(f"init_from={init_from} does not fit: {difference}; {remedy}")
-    try:
+    with door(checkpoint.get("path", init_from), "what is not given is as there"):
         return TrainConfig(**old | given), checkpoint
-    except ValueError as error:
-        whose = checkpoint.get("path", init_from)
-        raise ValueError(f"{error} (what is not given is as in {whose})") from None
 
 
 def read_checkpoint(init_from: str, out_dir: str) -> dict:
@@ -201,16 +197,9 @@ def read_checkpoint(init_from: str, out_dir: str) -> dict:
     path = Path(out_dir) / "last.pt" if resume else Path(init_from)
     path = path / "best.pt" if path.is_dir() else path
     checkpoint = load_checkpoint(path)
-    if resume and "train_config" not in checkpoint:
-        raise ValueError(f"{path} holds no run to resume: train.py did not write it")
-    if resume and "optimizers" not in checkpoint:
-        remedy = f"begin a new run with its weights: --init_from={shlex.quote(str(path))}"
-        raise ValueError(f"{path} was written before Muon, whose optimisers it lacks; {remedy}")
-    if "tokenizer" not in checkpoint:
-        raise ValueError(f"{path} has no tokenizer: give a checkpoint that train.py wrote")
-    if resume:
-        with door(path):
-            check(checkpoint, RUN | {"train_config": TrainConfig}, "")
+    anew = f"begin a new run with its weights: --init_from={shlex.quote(str(path))}"
+    with door(path, anew if resume else "give a checkpoint that train.py wrote"):
+        check(checkpoint, RUN if resume else {"tokenizer": dict})
     return checkpoint
 
 
@@ -310,24 +299,19 @@ class Run:
 
 def fitting_state(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     """The saved state, under the settings that are given now: `step` alone is taken over of a group.
-
-    Raises ValueError unless its tensors fit the weights, because the optimisers' kernels trust them.
-    """
-    groups, there = optimizer.state_dict()["param_groups"], state["param_groups"]
+    Fails unless its tensors fit the weights, because the optimisers' kernels trust them."""
+    kept = dict.fromkeys(KEPT[type(optimizer).__name__], Tensor)
+    check(state, {"state": {str: kept}, "param_groups": [{"step?": COUNT}]}, "the state of an optimiser")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    require(len(there) == len(groups), "groups of an optimiser", len(there), f"{len(groups)}")
-    for number, kept in state["state"].items():
-        require(number in range(len(weights)), "a weight of an optimiser", number, f"below {len(weights)}")
-        names = KEPT[type(optimizer).__name__]
-        require(kept.keys() == names, f"state of weight {number}", ", ".join(kept), ", ".join(sorted(names)))
-        for name, tensor in kept.items():
+    for number, tensors in state["state"].items():
+        for name in kept:
+            tensor, shape = tensors[name], () if name == "step" else weights[number].shape
             dense = tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point()
-            shape = () if name == "step" else tuple(weights[number].shape)
-            fits = dense and tuple(tensor.shape) == shape
-            require(fits, f"{name} of weight {number}", tuple(tensor.shape), f"{shape}, dense floats")
-    for group, other in zip(groups, there):
+            fits = dense and tensor.shape == shape
+            require(fits, f"{name} of weight {number}", tuple(tensor.shape), f"{tuple(shape)}, dense floats")
+    groups = optimizer.state_dict()["param_groups"]
+    for group, other in zip(groups, state["param_groups"], strict=True):
         if "step" in group:
-            check(other, {"step": COUNT}, "a group of an optimiser")
             group["step"] = other["step"]
     return {"state": state["state"], "param_groups": groups}
 
@@ -363,9 +347,9 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
 def check_training_memory(config: TrainConfig, device: torch.device) -> None:
     """Raise ValueError where weights, gradients, the optimisers' moments, the blocks' inputs and the logits
     with their gradient are more than the device's memory: the least that training needs."""
-    n_weights, size = config.n_matrix_weights, 4 if config.weights_dtype == "float32" else 2
-    all_learn, muon = config.train_only == "all", config.optimizer == "muon"
-    states = n_weights * size * ((3 if muon else 4) if all_learn else 1) // (world() if config.shard else 1)
+    size = 4 if config.weights_dtype == "float32" else 2
+    copies = 1 if config.train_only == "router" else 3 if config.optimizer == "muon" else 4
+    states = config.n_matrix_weights * size * copies // (world() if config.shard else 1)
     tokens = config.batch_size * config.block_size
     inputs = tokens * (config.n_layer * config.n_embd * 2 + config.vocab_size * 8)
     check_memory(states + inputs, "training with these sizes and this batch_size", device)
@@ -702,10 +686,8 @@ def train(run: Run) -> bool:
 
 
 def prepare_out_dir(config: TrainConfig) -> IO:
-    """Make the run's folder; move aside a run that is in it and not resumed. Raises ValueError.
-
-    Returns the log, locked until it is closed or the process ends: so long no other run writes to the folder.
-    """
+    """Make the run's folder; move aside a run that is in it and not resumed. Raises ValueError. -> its log,
+    which keeps other runs out until it is closed."""
     folder = Path(config.out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -732,14 +714,14 @@ def lock_run(folder: Path, log: IO) -> None:
 
 
 def move_aside(folder: Path, log: IO) -> None:
-    """Move the files of a run, if there is one, to a new folder beside its own. Its log, which is locked,
-    stays, and becomes empty."""
+    """Move the files of a run, if there is one, to a new folder beside its own; its locked log is emptied."""
     checkpoints = [path for path in (folder / "best.pt", folder / "last.pt") if path.exists()]
-    if not checkpoints and not os.path.getsize(log.name):
+    logged = os.path.getsize(log.name)
+    if not checkpoints and not logged:
         return
     aside = next(path for n in itertools.count(1) if not (path := Path(f"{folder}.{n}")).exists())
     aside.mkdir()
-    if os.path.getsize(log.name):
+    if logged:
         shutil.copy(log.name, aside)
     for path in checkpoints:
         path.replace(aside / path.name)

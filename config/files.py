@@ -19,10 +19,8 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A new name to write a file or a folder to, which is then moved to `path`. Raises OSError.
-
-    Until then `path` is what it was, whatever fails. Several processes may write to one path: the last wins.
-    """
+    """A new name to write a file or a folder to, which is then moved to `path`; of several processes the last
+    wins. Raises OSError."""
     with scratch(path.parent) as folder:
         yield folder / path.name
         put_on_disk(folder)
@@ -61,8 +59,5 @@ def put_on_disk(folder: Path) -> None:
 
 
 def lock(file: IO) -> None:
-    """Lock an open file, as long as it is open and its process lives, against others that do the same.
-
-    Raises BlockingIOError if another has locked it, and OSError where the file system has no locks.
-    """
+    """Lock an open file until it is closed. BlockingIOError: another has it; OSError: no locks here."""
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

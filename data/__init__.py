@@ -185,20 +185,16 @@ def _missing(folder: Path) -> str | None:
     return next((name for name in _read_meta(folder)["files"] if not (folder / name).is_file()), None)
 
 
-# meta.json of a dataset, for check.
-META = {"files": {str: COUNT}, "tokenizer": dict, "source_sha256": str, "prompt?": str, "dtype?": str}
-META |= {"vocab_size?": COUNT, "sha256?": {str: str}}
+META = {"files": {"train.bin": COUNT, "val.bin": COUNT, str: COUNT}, "sha256?": {str: str}, "dtype?": str}
+META |= {"tokenizer": dict, "source_sha256": str, "prompt?": str}
 
 
 def _read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     with door(path, _remedy(folder)):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        check(meta, META, "")
-        for name in (*meta["files"], *(f"{split}.bin" for split in SPLITS)):
-            plain = name == Path(name).name and name in meta["files"]
-            require(plain, "files", f"with {name!r}", "plain names, train.bin and val.bin among them")
-        dtype = meta.get("dtype", "uint16")
+        check(meta, META)
+        dtype = meta.setdefault("dtype", "uint16")  # as in older ones
         require(dtype in FILE_DTYPES, "dtype", dtype, " or ".join(FILE_DTYPES))
     return meta
 
@@ -208,10 +204,8 @@ def _remedy(folder: Path) -> str:
 
 
 def _open_tokens(path: Path, meta: dict, vocab_size: int) -> np.ndarray:
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty; {_remedy(path.parent)}")
     with door(path, _remedy(path.parent)):
-        tokens = np.memmap(path, dtype=FILE_DTYPES[meta.get("dtype", "uint16")], mode="r")
+        tokens = np.memmap(path, dtype=FILE_DTYPES[meta["dtype"]], mode="r")  # fails if it is empty
     if (largest := int(tokens.max())) >= vocab_size:
         raise ValueError(f"{path} holds token id {largest}; its tokenizer has ids 0..{vocab_size - 1} only")
     return tokens
@@ -223,8 +217,8 @@ def _open_learn(folder: Path, split: str, meta: dict, n_tokens: int) -> Answers 
         return None
     with door(path, _remedy(folder)):
         learn = np.fromfile(path, np.uint8)
-        require(len(learn) == n_tokens, "its length", len(learn), f"{n_tokens}, a byte for each token")
-        require(learn.max() == 1, "its largest byte", learn.max(), "1, at what is learned")
+        whole = len(learn) == n_tokens and learn.max() == 1
+        require(whole, "its content", "damaged", f"{n_tokens} bytes, one for each token: 1 or 0, not all 0")
         return Answers(learn)
 
 

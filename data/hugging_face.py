@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import printable, require
+from config import require
 from config.check import check, door
 from config.files import whole
 from data.source import pieces
@@ -68,22 +68,16 @@ def read_json(path: Path, wanted: dict) -> dict:
         raise ValueError(f"{path} is missing: give a Hugging Face model that has it")
     with door(path, "fetch it again"):
         said = json.loads(path.read_text(encoding="utf-8"))
-        check(said, wanted, "")
+        check(said, wanted)
     return said
 
 
-# What the files must hold, for check. Ids have a limit, because memory is taken for as many.
-ID = range(2**24)
-TOKENIZER_META = {"name": str, "json": str, "eot": ID, "stops?": [ID]}
-TOKENIZER = {"model": {"type": str, "vocab": {str: ID}}, "added_tokens?": [{"id": ID, "content": str}]}
-SOME_DICT = dict | None
-CONFIG = {"rope_parameters?": SOME_DICT, "rope_scaling?": SOME_DICT, "quantization_config?": SOME_DICT}
-CONFIG |= {"mlp_only_layers?": list | None, "eos_token_id?": int | list | None}
-TOKENIZER_CONFIG = {"eos_token?": str | dict | None}
-INDEX = {"weight_map": {str: str}}
-
-
 # -------------------- tokenizers --------------------------------------------------------------------------
+
+ID = range(2**24)  # limited, because memory is taken for as many
+TOKENIZER_META = {"name": str, "json": str, "eot": ID, "stops?": [ID]}
+TOKENIZER = {"model": {"vocab": {str: ID}}, "added_tokens?": [{"id": ID, "content": str}]}
+SAY_END = ["tokenizer_config.json", "config.json", "generation_config.json"]
 
 
 class HFTokenizer:
@@ -100,7 +94,7 @@ class HFTokenizer:
         check(meta, TOKENIZER_META, "tokenizer")
         self.meta, self.name, self.eot = meta, meta["name"], meta["eot"]
         said = json.loads(meta["json"])
-        check(said, TOKENIZER, "")
+        check(said, TOKENIZER)
         prefix = said["model"].get("continuing_subword_prefix")  # which makes the library panic
         require(not prefix, "continuing_subword_prefix", prefix, "none")
         decoder = json.dumps(said.get("decoder"))
@@ -184,23 +178,18 @@ def hf_tokenizer(name_or_path: str) -> HFTokenizer:
         return HFTokenizer(meta | {"eot": stops[0], "stops": stops})
 
 
-SAY_END = ["tokenizer_config.json", "config.json", "generation_config.json"]
-
-
 def end_of_text(folder: Path, added: dict[str, int]) -> list[int]:
-    """Ids that end a text: that of eos_token in tokenizer_config.json, or else the first eos_token_id of
-    config.json, which ends documents here; then all others that config.json and generation_config.json name.
-    """
+    """Ids that end a text: first that of tokenizer_config.json's eos_token, or else of config.json's first
+    eos_token_id, which ends documents here; then all others."""
     stops = []
     for path in filter(Path.is_file, (folder / name for name in SAY_END)):
-        said = read_json(path, CONFIG | TOKENIZER_CONFIG)
-        token, ids = said.get("eos_token"), said.get("eos_token_id")
-        token = token.get("content") if isinstance(token, dict) else token
-        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-        with door(path):
-            check(token, str | None, "eos_token")
+        with door(path, "fetch it again"):
+            said = read_json(path, {})
+            token, ids = said.get("eos_token"), said.get("eos_token_id")
+            token = token.get("content") if isinstance(token, dict) else token
+            ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
             check(ids, [ID], "eos_token_id")
-        stops += ([added[token]] if token in added else []) + ids
+            stops += ([added[token]] if token in added else []) + ids
     return list(dict.fromkeys(stops))
 
 
@@ -298,23 +287,18 @@ def read_settings(name_or_path: str | Path) -> tuple[dict, str]:
 
     Raises ValueError for what model.py cannot express.
     """
-    folder, where = hf_folder(name_or_path, "config.json"), "in config.json"
-    said = plain_config(read_json(folder / "config.json", CONFIG))
-    model_type = said.get("model_type")
-    require(
-        isinstance(model_type, str) and model_type in FAMILIES,
-        f"model_type {where}",
-        model_type,
-        "one of " + ", ".join(FAMILIES),
-    )
-    for key, usual in USUAL.items():
-        require(said.get(key, usual) == usual, f"{key} {where}", said.get(key), f"{usual}")
-    family = FAMILIES[model_type]
-    settings = family.implied | {field: said[key] for key, field in family.keys.items() if key in said}
-    for key, field in family.keys.items():
-        require(field in settings, f"{key} {where}", "missing", "given")
-    check(settings["n_expert"], int, f"num_experts {where}")
-    require(settings["n_expert"] >= 2, f"num_experts {where}", settings["n_expert"], "at least 2")
+    path = hf_folder(name_or_path, "config.json") / "config.json"
+    with door(path):
+        said = plain_config(read_json(path, {}))
+        model_type = said.get("model_type")
+        require(model_type in FAMILIES, "model_type", model_type, "one of " + ", ".join(FAMILIES))
+        for key, usual in USUAL.items():
+            require(said.get(key, usual) == usual, key, said.get(key), f"{usual}")
+        family = FAMILIES[model_type]
+        settings = family.implied | {field: said[key] for key, field in family.keys.items() if key in said}
+        for key, field in family.keys.items():
+            require(field in settings, key, "missing", "given")
+        require(settings["n_expert"] >= 2, "num_experts", settings["n_expert"], "at least 2")
     return settings | {"router": "topk"}, model_type
 
 
@@ -322,9 +306,8 @@ def plain_config(said: dict) -> dict:
     """A config.json, without its nulls, in the words of KEYS and USUAL, whichever release wrote it."""
     rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
     dense = said.get("mlp_only_layers") or []
-    check(dense, [int], "mlp_only_layers in config.json")
     first = sorted(dense) == list(range(len(dense)))
-    require(first, "mlp_only_layers in config.json", dense, "the first layers")
+    require(first, "mlp_only_layers", dense, "the first layers")
     plain = said | (said.get("quantization_config") or {}) | rope
     plain["rope_type"] = rope.get("rope_type", rope.get("type"))
     plain["num_experts"] = plain["num_local_experts"] = said.get("num_experts", said.get("num_local_experts"))
@@ -369,12 +352,10 @@ def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
     safetensors, paths, outlines = optional("safetensors"), {}, {}
     index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
-        shards = sorted(set(read_json(index, INDEX)["weight_map"].values()))
+        shards = sorted(set(read_json(index, {"weight_map": {str: str}})["weight_map"].values()))
     for shard in shards:
         path = folder / shard
-        require(
-            shard == path.name, f"a file of weight_map in {index}", printable(shard), "in the same folder"
-        )
+        require(shard == path.name, f"a file of weight_map in {index}", shard, "in the same folder")
         if not path.is_file():
             remedy = "fetch it, or, if the folder has .bin files, save it anew with transformers"
             raise ValueError(f"{path.name} is missing in {folder}: {remedy}")
@@ -400,20 +381,19 @@ def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:
 
     A file is opened anew for every 16 tensors: until it is closed, the pages that were read count as memory.
     """
-    opened, sums, said = None, {}, {}
+    opened, sums = None, {}
     bar = tqdm(paths.items(), desc="weights", unit="tensor", delay=2, leave=False, disable=None)
     for number, (name, path) in enumerate(bar):
         with door(path, "fetch it again"):
             if number % 16 == 0 or path != opened:
                 file, opened = optional("safetensors").safe_open(path, "pt"), path
-                said[path] = (file.metadata() or {}).get("sum")
             tensor = file.get_tensor(name)
             require(not tensor.isnan().any(), name, "NaN", "numbers")
-            if said[path]:
-                sums[path] = sums.get(path, 0) + checksum(name, tensor)
+            if total := (file.metadata() or {}).get("sum"):
+                sums[path] = sums.get(path, int(total)) - checksum(name, tensor)
             views[name].copy_(tensor)
-    for path, total in sums.items():
-        require(str(total) == said[path], f"the sum of {path}", total, f"{said[path]}: fetch it again")
+    for path, left in sums.items():
+        require(left == 0, f"the sum of {path}", "wrong", "as it was written: fetch it again")
 
 
 def checksum(name: str, tensor: Tensor) -> int:

@@ -28,8 +28,7 @@ MAX_VOCAB = 2**16  # of what is trained here; ids are then stored as uint16
 SPLIT = r"[ _]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\n+[ \t]*|[ \t]+|\s+"
 
 
-# Tokenizer.meta, for check.
-DESCRIPTION = {"name": str, "pattern": str, "ranks": [str], "special": {str: COUNT, END_OF_TEXT: COUNT}}
+META = {"name": str, "pattern": str, "ranks": [str], "special": {str: COUNT, END_OF_TEXT: COUNT}}
 
 
 class Tokenizer:
@@ -43,20 +42,18 @@ class Tokenizer:
     start: tuple[int, ...] = ()  # ids before every text
 
     def __init__(self, meta: dict):
-        check(meta, DESCRIPTION, "tokenizer")
+        check(meta, META, "tokenizer")
         ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(meta["ranks"])}
         self.meta, self.name, self.eot = meta, meta["name"], meta["special"][END_OF_TEXT]
         ids = sorted([*ranks.values(), *meta["special"].values()])
-        distinct = ids == list(range(len(meta["ranks"]) + len(meta["special"])))
+        distinct = ids == list(range(len(ids)))
         require(distinct, "tokens of the tokenizer", "repeated or with gaps", "one for each id from 0 on")
         self._encoding = tiktoken.Encoding(
             self.name, pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special"]
         )
         self._ranks, self.vocab_size, self.stops = ranks, len(ids), (self.eot,)
         self._known_bytes = frozenset(token[0] for token in ranks if len(token) == 1)
-        self._encoding.encode_ordinary(
-            bytes(sorted(self._known_bytes & {*range(128)})).decode()
-        )  # it may panic
+        self._encoding.encode_ordinary("".join(map(chr, self._known_bytes & {*range(128)})))  # it may panic
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; "<|endoftext|>" inside it is ordinary text. ValueError names unknown characters."""
@@ -108,11 +105,10 @@ AnyTokenizer = Tokenizer | HFTokenizer
 
 
 def make_tokenizer(meta: dict, where: str | Path = "the description of a tokenizer") -> AnyTokenizer:
-    """The tokenizer that a dataset or a checkpoint describes. ValueError, which names the file `where`, if it
-    describes none."""
-    is_hf = isinstance(meta, dict) and meta.get("kind") == "hf"
+    """The tokenizer that the file `where` describes, which a ValueError names if it describes none."""
     with door(where):
-        return HFTokenizer(meta) if is_hf else Tokenizer(meta)
+        check(meta, {}, "tokenizer")
+        return HFTokenizer(meta) if meta.get("kind") == "hf" else Tokenizer(meta)
 
 
 def train_bpe(

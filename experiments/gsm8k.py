@@ -46,9 +46,8 @@ def answer(lab: Lab) -> list[dict]:
     model, tokenizer, folder = solve.open_model(lab, "out/finetune_olmoe_gsm8k", config.k)
     dataset = data.load(config.dataset)
     tests = read_test(dataset.folder / "test.jsonl")
-    require(
-        (config.problems or 0) <= len(tests), "problems", config.problems, f"at most {len(tests)}, or none"
-    )
+    enough = (config.problems or 0) <= len(tests)
+    require(enough, "problems", config.problems, f"at most {len(tests)}, or none")
     problems = tests[: config.problems]
     before = examples(dataset, config.shots)
     prompts = [before + prompt_of(problem.prompt) for problem in problems]
@@ -73,10 +72,8 @@ def answer(lab: Lab) -> list[dict]:
 
 def note_lengths(lengths: list[int], block_size: int) -> None:
     """Say how many prompts of these lengths, in tokens, leave too little room for an answer."""
-    long = sum(length + ANSWER_TOKENS > block_size for length in lengths)
-    if long:
-        what = f"{long} of {len(lengths)} prompts (up to {max(lengths)} tokens)"
-        what = f"{what} and {ANSWER_TOKENS} tokens of answer"
+    if long := sum(length + ANSWER_TOKENS > block_size for length in lengths):
+        what = f"{long} of {len(lengths)} prompts (up to {max(lengths)} tokens) and {ANSWER_TOKENS} of answer"
         print(f"note: {what} are more than block_size = {block_size}, which the model was trained for")
 
 

@@ -19,9 +19,7 @@ from data import AnyTokenizer
 from data.arithmetic.prepare import is_correct, prompt_of
 from model import Chunk, MoEGPT, load_checkpoint
 
-FINAL_LINE = re.compile(
-    r"####[^\n]*[0-9][^\n]*\n"
-)  # of which data.arithmetic.prepare.result_of takes the number
+FINAL_LINE = re.compile(r"####[^\n]*[0-9][^\n]*\n")  # result_of takes its number
 CHECK_EVERY = 16  # tokens from one look for final answers to the next
 Solved = tuple[bool, float]  # whether an answer is right, and its mean experts per token
 

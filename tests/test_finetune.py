@@ -328,9 +328,7 @@ def test_prompts_that_do_not_fit_are_counted(capsys):
     gsm8k.note_lengths([10, 112], 512)
     assert capsys.readouterr().out == ""
     gsm8k.note_lengths([10, 113, 600], 512)
-    assert capsys.readouterr().out.startswith(
-        "note: 2 of 3 prompts (up to 600 tokens) and 400 tokens of answer "
-    )
+    assert capsys.readouterr().out.startswith("note: 2 of 3 prompts (up to 600 tokens) and 400 of answer ")
 
 
 def test_generation_ends_after_the_final_answers():

@@ -340,7 +340,7 @@ def refusal(call, *args, **changes) -> str:
         ({"num_hidden_layers": 3}, "model.layers.2.* missing"),
         ({"num_hidden_layers": 1}, "model.layers.1.* absent"),
         ({"tie_word_embeddings": True}, "lm_head.weight .* another than the embedding"),
-        ({"num_hidden_layers": 10**30}, r"config.json: n_layer is 10+, .* whole number"),
+        ({"num_hidden_layers": 10**30}, r"config.json: n_layer is 10+, .* 64 bits"),
         ({"num_hidden_layers": 10**18}, r"needs at least [\d,]+ GB of memory, but cpu has"),
     ],
     ids=str,

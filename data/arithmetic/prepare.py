@@ -41,8 +41,8 @@ VAL_FRACTION = 0.02
 MARKS = r"(?:[*_`$€£\\{}()\[\] \t\u00a0\u202f]|boxed|text|USD)*"
 BETWEEN = r"(?:[-+/^:*=x\u00d7\u00f7\u2212\u2013]|to|or|and)?"
 FINAL_ANSWER = re.compile(
-    rf"####(?:[^\n\d]*?(?:[:=]|\bis\b))?{MARKS}(?P<sign>[-+\u2212\u2013]?){MARKS}"
-    r"(?P<digits>[0-9]{1,3}(?:(?:,|\{,\}|\\,|[ \u00a0\u202f'])[0-9]{3})+|[0-9]+)?(?P<decimals>\.[0-9]+)?"
+    rf"####(?:[^\n\d]*?(?:[:=]|\bis\b))?{MARKS}(?P<minus>[-\u2212\u2013])?\+?{MARKS}(?=\.?[0-9])"
+    r"(?P<number>(?:[0-9]{1,3}(?:(?:,|\{,\}|\\,|[ \u00a0\u202f'])[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)"
     rf"(?![0-9]|[,.][0-9]|{MARKS}{BETWEEN}{MARKS}[0-9]|e[-+]?[0-9])"
     rf"{MARKS}(?P<scale>(?:thousand|million|billion|k)\b)?"
 )
@@ -101,11 +101,9 @@ def is_correct(generated: str, result: Fraction) -> bool:
 
 def result_of(text: str) -> Fraction | None:
     """The number of the first "#### NUMBER" in a text (FINAL_ANSWER); None if there is none."""
-    for match in FINAL_ANSWER.finditer(text):
-        if match["digits"] or match["decimals"]:
-            digits = re.sub("[^0-9]", "", match["digits"] or "0") + (match["decimals"] or "")
-            sign = -1 if match["sign"] in ("-", "\u2212", "\u2013") else 1
-            return sign * Fraction(digits) * SCALES[match["scale"]]
+    if match := FINAL_ANSWER.search(text):
+        number = Fraction(re.sub("[^0-9.]", "", match["number"])) * SCALES[match["scale"]]
+        return -number if match["minus"] else number
     return None
 
 

@@ -22,7 +22,6 @@ from data.tokenizer import END_OF_TEXT, choose_tokenizer
 
 FOLDER = Path(__file__).parent
 MIN_CHARS = 1_000
-SPLIT_ON = f"--split_on='{END_OF_TEXT}'"
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> None:
     if options.split_on:
         files = dict(documents(files, options.split_on))
     elif any(END_OF_TEXT in text for text in files.values()):
-        print(f"note: {END_OF_TEXT} in the text is ordinary text; if it separates documents, give {SPLIT_ON}")
+        print(f"note: the text has {END_OF_TEXT}; if it ends documents, give --split_on='{END_OF_TEXT}'")
     n_chars = sum(map(len, files.values()))
     if n_chars < MIN_CHARS:
         raise ValueError(
