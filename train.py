@@ -32,8 +32,8 @@ from typing import IO
 
 import numpy as np
 
-# before torch is loaded: how long its threads on a CPU wait awake for each other. By default they wait so long
-# that a step takes thirty times as long beside another process that computes; so, four times, and 1% more idle
+# Before torch is loaded: how long its threads on a CPU spin before they sleep. By default so long that a step
+# takes thirty times as long beside another process that computes; with this, four times (experiments/README).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
