@@ -45,7 +45,15 @@ import data
 import distributed
 from config import bad_input_exits, parse, printable, require
 from config.check import COUNT, check, door
-from config.device import DTYPES, check_memory, keep_freed_memory, pick_compile, pick_device, pick_dtype
+from config.device import (
+    DTYPES,
+    check_memory,
+    compile_asked,
+    keep_freed_memory,
+    pick_compile,
+    pick_device,
+    pick_dtype,
+)
 from config.files import lock, remove_leftovers
 from distributed import rank, world
 from model import (
@@ -389,7 +397,7 @@ def compile_or_explain(run: Run) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if run.config.compile.lower() == "true":
+        if compile_asked(run.config.compile):
             raise ValueError(f"compile is true, but torch.compile fails here with {error}") from error
         print(f"compile   off after all: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
         run.forward = plain

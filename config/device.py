@@ -40,12 +40,18 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float16, f"compute capability {major}.{minor} lacks bfloat16"
 
 
-def pick_compile(name: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether to use torch.compile (auto: in bfloat16 on a GPU), and why. Raises ValueError for others."""
+def compile_asked(name: str) -> bool | None:
+    """What a setting `compile` asks for, None for auto. Raises ValueError for other names."""
     name = name.lower()  # as for true and false elsewhere
     require(name in ("auto", "true", "false"), "compile", name, "auto, true or false")
-    if name != "auto":
-        return name == "true", "as asked"
+    return None if name == "auto" else name == "true"
+
+
+def pick_compile(name: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether to use torch.compile (auto: in bfloat16 on a GPU), and why. Raises ValueError for others."""
+    asked = compile_asked(name)
+    if asked is not None:
+        return asked, "as asked"
     if device.type != "cuda":
         return False, "compiling takes longer than it saves on short CPU runs"
     if dtype != torch.bfloat16:
@@ -72,15 +78,14 @@ def pick_compiled_decoding(name: str, steps: int) -> tuple[bool, str]:
 
     Raises ValueError for other names, and for true where no C++ compiler is found.
     """
-    name = name.lower()
-    require(name in ("auto", "true", "false"), "compile", name, "auto, true or false")
-    if name == "false":
+    asked = compile_asked(name)
+    if asked is False:
         return False, "as asked"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if not shutil.which(compiler):
-        require(name == "auto", "compile", name, f"auto or false where there is no C++ compiler ({compiler})")
+        require(not asked, "compile", name, f"auto or false where there is no C++ compiler ({compiler})")
         return False, f"no C++ compiler ({compiler}) is found"
-    if name == "true":
+    if asked:
         return True, "as asked"
     return steps >= REPAID_STEPS, f"compiling is repaid by {REPAID_STEPS:,} steps, and these are {steps:,}"
 

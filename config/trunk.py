@@ -1,4 +1,4 @@
-# The trunk of experiments/: a TopK model that runs branch off from, an hour on one CPU core, once for a seed.
+# The trunk of experiments/: a TopK model that runs branch off from, once for a seed.
 from config.tiny_topk import *
 
 k = 8  # as the paper's OLMoE: lower K are then cuts
