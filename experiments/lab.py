@@ -73,7 +73,7 @@ COLUMNS = {
     "minutes": "of training, so many milliseconds an iteration; evaluations are not counted",
     "nats, to base": "the difference to the row that it is compared to, paired by trunk and order of data",
     "exact match, to base": "likewise",
-    EQUAL: "the difference to TopK if it spent as many experts per token: its losses, linear in log K",
+    EQUAL: "the difference to TopK if it spent as many experts per token, by the curve of its losses",
     "verdict": f"better or worse: beyond {ERRORS} standard errors of at least {FEWEST} runs",
 }
 

@@ -16,8 +16,8 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
+import numpy as np
 import torch
 
 from experiments import lab as labs
@@ -88,11 +88,9 @@ def add_equal_spending(found: dict[str, Compared]) -> None:
 
 
 def interpolated(losses: dict[int, float], k: float) -> float:
-    """The loss at k, linear in log k between the two nearest of `losses`, and beyond the ends of these."""
-    pairs = pairwise(sorted(losses))
-    low, high = min(pairs, key=lambda ends: abs(math.log(k * k / (ends[0] * ends[1]))))
-    share = math.log(k / low) / math.log(high / low)
-    return losses[low] + share * (losses[high] - losses[low])
+    """The loss at k, by the polynomial in log k through all `losses`: lines would lie above the curve."""
+    curve = np.polynomial.Polynomial.fit(np.log(list(losses)), list(losses.values()), len(losses) - 1)
+    return float(curve(math.log(k)))
 
 
 if __name__ == "__main__":

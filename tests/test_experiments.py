@@ -508,10 +508,12 @@ def test_more_experts_per_token_than_are_kept_is_one_line(ask):
 
 
 def test_interpolated_by_hand(sparsity):
-    """Linear in log K between its neighbours, and on beyond the ends."""
-    losses = {1: 5.0, 2: 4.0, 4: 3.5, 8: 3.0}
-    for k, want in ((1, 5), (2, 4), (2**1.5, 3.75), (4, 3.5), (8, 3), (16, 2.5), (0.5, 6)):
+    """A cubic in log K is found again from four points, between them and beyond; from two, a line."""
+    cubic = {2**x: 5 - x + x**2 / 4 - x**3 / 32 for x in (0, 1, 2, 3, 0.5, 1.96, -0.1, 3.1)}
+    losses = {k: cubic[k] for k in (1, 2, 4, 8)}
+    for k, want in cubic.items():
         assert sparsity.interpolated(losses, k) == pytest.approx(want)
+    assert sparsity.interpolated({2: 4.0, 8: 3.0}, 4) == pytest.approx(3.5)
 
 
 def test_equal_spending_is_the_difference_to_topk_of_as_many_experts(ask, sparsity):
