@@ -20,13 +20,14 @@ import re
 import runpy
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ BOUNDED = [name for name, row in ROUTERS.items() if row.bounded]  # their shapes
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # so many steps of an Expert Cache merge its buffers once
 INIT_STD = 0.02  # of the model's random weights
+GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 OLMOE = MoEConfig(50304, 4096, n_layer=16, n_head=16, n_embd=2048, n_hidden=1024, n_expert=64, k=8)
 SHAPES = {  # besides those of config/NAME_topk.py
     "heavy": {"n_layer": 4, "n_head": 8, "n_embd": 1024, "n_hidden": 512, "n_expert": 64, "k": 8}
@@ -482,36 +484,43 @@ def cache_rows(bench: Bench, batch_size: int, lengths: list[int], n_expert: int,
 
 
 def bench_peers(bench: Bench) -> list[dict]:
-    """The same model under TopK in Hugging Face transformers, as OLMoE: training steps, greedy generation.
+    """The same model under TopK, as OLMoE, in Hugging Face transformers, and in llama.cpp if it is installed:
+    training steps (not llama.cpp), greedy generation.
 
-    Both have the same shape and tokens, fused AdamW and clipping, and one dtype throughout. They take turns,
-    each in a process of its own, so that each sets the memory allocator for itself. Theirs does without the
-    load-balance and z-losses, which ours computes in every step: transformers leaves them out by default.
+    All have the same shape and tokens, fused AdamW and clipping, and one dtype throughout. They take turns,
+    each in a process of its own, so that each sets the memory allocator for itself. Transformers does without
+    the load-balance and z-losses, which ours computes in every step: it leaves them out by default.
     """
     if not importlib.util.find_spec("transformers"):
         print("skipped: transformers is not installed (pip install transformers)")
         return []
+    kinds = ["ours", "eager", "grouped_mm"]
+    if not bench.gpu and importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+        kinds.append("llama.cpp")
+    else:
+        print("without llama.cpp: pip install llama-cpp-python gguf, which needs a C++ compiler")
     size = bench.sized(batch_size=8, tokens=bench.shape("peers").block_size)
     torch.cuda.empty_cache()  # what earlier parts have left: the processes need it
     with ExitStack() as stack:
-        peers = {kind: stack.enter_context(new_process()) for kind in ("ours", "eager", "grouped_mm")}
+        peers = {kind: stack.enter_context(new_process()) for kind in kinds}
 
-        def rows(work: str, tokens: int, goal: float) -> list[dict]:
-            calls = {kind: partial(ask, peer, bench.config, kind, work) for kind, peer in peers.items()}
+        def rows(work: str, tokens: int, goal: float, kinds: list[str]) -> list[dict]:
+            calls = {kind: partial(ask, peers[kind], bench.config, kind, work) for kind in kinds}
             times = bench.interleave(calls, 15, clock=lambda call: call())
             rate = {kind: tokens / median(taken) for kind, taken in times.items()}
-            rows = [
+            return [
                 {"what": f"{work}, {tokens} tokens, against {kind}", "ours tokens/s": rate["ours"]}
                 | {"theirs": rate[kind], "speed/theirs": ratio(times[kind], times["ours"])}
-                for kind in ("eager", "grouped_mm")
+                | {"aim": f"at least {goal}" if kind == "grouped_mm" else None}
+                for kind in kinds[1:]
             ]
-            return [rows[0], rows[1] | {"aim": f"at least {goal}"}]
 
-        training = rows("training", size.batch_size * size.tokens, 1.5 if bench.gpu else 1.3)
-        writing = rows("generation", size.tokens // 2, 8 if bench.gpu else 1.7)
+        training = rows("training", size.batch_size * size.tokens, 1.5 if bench.gpu else 1.3, kinds[:3])
+        writing = rows("generation", size.tokens // 2, 8 if bench.gpu else 1.7, kinds)
         if not pick_compiled_decoding(bench.config.compile, 10**9)[0]:
             return training + writing
-        return training + writing + rows("compiled generation", size.tokens // 2, 8 if bench.gpu else 2.7)
+        goal = 8 if bench.gpu else 2.7
+        return training + writing + rows("compiled generation", size.tokens // 2, goal, kinds)
 
 
 def new_process() -> ProcessPoolExecutor:
@@ -540,7 +549,8 @@ def peer_works(config: BenchOptions, kind: str) -> dict[str, Callable[[], float]
     shape = bench.shape("peers")
     size = bench.sized(batch_size=8, tokens=shape.block_size)
     text = bench.text(shape.vocab_size, size.batch_size, size.tokens + 1)
-    works = our_works(bench, shape, text) if kind == "ours" else their_works(bench, shape, text, kind)
+    makers = {"ours": our_works, "llama.cpp": llama_works}
+    works = makers.get(kind, partial(transformers_works, experts=kind))(bench, shape, text)
     return {name: partial(bench.seconds, work) for name, work in works.items()}
 
 
@@ -559,7 +569,7 @@ def our_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callabl
     return {"training": partial(step, "topk"), **generation}
 
 
-def their_works(bench: Bench, shape: MoEConfig, text: Tensor, experts: str) -> dict[str, Callable]:
+def transformers_works(bench: Bench, shape: MoEConfig, text: Tensor, experts: str) -> dict[str, Callable]:
     model = make_olmoe(shape).to(bench.device, bench.dtype).eval()  # it has no dropout that would train
     model.set_experts_implementation(experts)
     forward, update = bench.compiled(model, fullgraph=False), updater(model, adamw(model))
@@ -588,6 +598,55 @@ def make_olmoe(shape: MoEConfig) -> torch.nn.Module:
     }
     never = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # text never ends early
     return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, **never))
+
+
+def llama_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callable]:
+    from llama_cpp import Llama
+
+    n, threads = text.shape[1] // 2, torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        write_gguf(path := f"{folder}/olmoe.gguf", shape, bench.dtype)
+        model = Llama(path, n_ctx=2 * n, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def write() -> None:
+        model.reset()
+        for _ in islice(model.generate(text[0, :n].tolist(), temp=0), n):
+            pass
+
+    return dict.fromkeys(("generation", "compiled generation"), write)
+
+
+def write_gguf(path: str, shape: MoEConfig, dtype: torch.dtype) -> None:
+    """A file of random weights of that shape, by the names that llama.cpp has for OLMoE's."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    C, H, E = shape.n_embd, shape.n_hidden, shape.n_expert
+    square, experts = ("attn_q", "attn_k", "attn_v", "attn_output"), ("ffn_gate_exps", "ffn_up_exps")
+    block = dict.fromkeys(("attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm"), (C,))
+    block |= dict.fromkeys(square, (C, C)) | dict.fromkeys(experts, (E, H, C))
+    block |= {"ffn_gate_inp": (E, C), "ffn_down_exps": (E, C, H)}
+    sizes = dict.fromkeys(("token_embd", "output"), (shape.vocab_size, C)) | {"output_norm": (C,)}
+    sizes |= {f"blk.{i}.{name}": size for i in range(shape.n_layer) for name, size in block.items()}
+    writer = GGUFWriter(path, "olmoe")
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_context_length(shape.block_size)
+    writer.add_block_count(shape.n_layer)
+    writer.add_embedding_length(C)
+    writer.add_feed_forward_length(H)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_expert_count(E)
+    writer.add_expert_used_count(shape.k)
+    for name, size in sizes.items():
+        own = torch.float32 if len(size) == 1 or "gate_inp" in name else dtype
+        data, kind = (torch.randn(size) * INIT_STD).to(own).view(torch.uint8).numpy(), GGUF_TYPES[own]
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 PARTS = {
