@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import require
 from config.check import COUNT, check, door
-from config.device import check_memory
+from config.device import as_graph, check_memory
 from config.files import whole
 from data import hugging_face
 from router import (
@@ -404,6 +404,13 @@ def sort_pairs(mask: Tensor, max_pairs: int | None) -> tuple[Tensor, Tensor, Ten
     return pair, pair % mask.shape[0], mask.sum(0).cumsum(0).int()
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot look into it
+def leaves_garbage(device: torch.device) -> bool:
+    """Whether grouped_mm leaves the weight gradient of an expert without tokens undefined: on GPUs of compute
+    capability 10 (pytorch issue 172439, cutlass issue 2674)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+
+
 def run_experts(
     x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, max_pairs: int | None
 ) -> Tensor:
@@ -416,10 +423,15 @@ def run_experts(
     spare = pair < 0
     if torch.is_grad_enabled():  # grouped_mm leaves rows behind the last end, and their gradients, undefined:
         ends = torch.where(ends == ends[-1], len(pair), ends).int()  # so the last expert in use gets them
+        x = x.float()  # gathering adds up the gradients of a token's pairs: not in bfloat16
+        if leaves_garbage(x.device):
+            used = mask.any(0).view(-1, 1, 1)
+            w_in, w_out = (torch.where(used, w, 0) for w in (w_in, w_out))
     pair_weight = torch.where(spare, 0, weight.T.reshape(-1).index_select(0, pair.clamp(min=0)))  # (N,)
-    h = swiglu(F.grouped_mm(x.index_select(0, token), w_in, offs=ends))  # (N, H)
+    rows = x.index_select(0, token).to(w_in.dtype)  # (N, C)
+    h = swiglu(F.grouped_mm(rows, w_in, offs=ends))  # (N, H)
     # the weight multiplies here, where rows are narrower than behind w_out: 3% of a layer's time
-    h = (h * pair_weight.unsqueeze(-1)).to(x.dtype)
+    h = (h * pair_weight.unsqueeze(-1)).to(w_in.dtype)
     y = F.grouped_mm(h, w_out, offs=ends).float()  # (N, C)
     if not torch.is_grad_enabled():
         y = y.masked_fill_(spare.unsqueeze(-1), 0)
@@ -955,8 +967,7 @@ class MoEGPT(nn.Module):
 def compiled_step(gpu: bool) -> Callable:
     """MoEGPT._step by torch.compile: one graph for each size of its inputs and bucket of its cache; on a GPU
     a CUDA graph. What it returns is the caller's to keep."""
-    torch._dynamo.config.recompile_limit = 64  # instead of 8: buckets, batch sizes, routers
-    step = torch.compile(MoEGPT._step, fullgraph=True, dynamic=False, mode="reduce-overhead" if gpu else None)
+    step = as_graph(MoEGPT._step, fullgraph=True, dynamic=False, mode="reduce-overhead" if gpu else None)
 
     def run(model: MoEGPT, idx: Tensor, cache: Cache, active: Tensor | None) -> list[Tensor]:
         torch.compiler.cudagraph_mark_step_begin()  # whose next step writes over what this one returned

@@ -47,6 +47,7 @@ from config import bad_input_exits, parse, printable, require
 from config.check import COUNT, check, door
 from config.device import (
     DTYPES,
+    as_graph,
     check_memory,
     compile_asked,
     keep_freed_memory,
@@ -390,7 +391,7 @@ def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
 def compile_or_explain(run: Run) -> None:
     """Compile run.forward and try it on one batch; if that fails and nobody insisted, it stays plain."""
     plain = run.forward
-    run.forward = torch.compile(plain)
+    run.forward = as_graph(plain)
     try:
         for router in {run.config.router_at(run.step), run.config.router}:
             losses(run, *batch(run, 0), router)[0].backward()
@@ -456,16 +457,19 @@ def train_step(run: Run) -> Tensor:
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    norm = distributed.full(norm)
+    overflowed = run.scaler.is_enabled() and not norm.isfinite()  # in float16: then no optimiser steps
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.get("boost", 1.0) * learning_rate(config, run.step)
-        run.scaler.step(optimizer)
+        if not overflowed:  # GradScaler.step would ask for each optimiser by itself
+            optimizer.step()
         optimizer.zero_grad()
     run.scaler.update()
     if routings:
         adapt(run, routings)
     run.step += 1
-    return torch.stack([mean_loss, distributed.full(norm)])
+    return torch.stack([mean_loss, norm])
 
 
 def adapt(run: Run, routings: list[list[Routing]]) -> None:

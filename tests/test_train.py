@@ -1,6 +1,7 @@
 """train.py: what it minimises, that a run stopped anywhere goes on as if it had not been, and bad input."""
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -210,6 +211,22 @@ def test_the_causal_loss_is_the_headline(recorded):
 def test_half_precision_learns(start, settings):
     causal = [entry["causal"]["loss"] for entry in entries(start(**settings, max_iters=6), "eval")]
     assert causal[2] < causal[1] < causal[0] - 0.3
+
+
+def test_an_overflow_stops_both_optimizers(start, monkeypatch):
+    """In float16, an overflow in one of AdamW's gradients leaves all weights and Muon's moments alone too."""
+    train_step = train.train_step
+
+    def overflowing(run):
+        run.model.embedding.weight.register_hook(lambda gradient: gradient * math.inf)
+        before = copy.deepcopy(run.model.state_dict())
+        metrics = train_step(run)
+        assert_same(run.model.state_dict(), before)
+        assert not any(optimizer.state for optimizer in run.optimizers)
+        return metrics
+
+    monkeypatch.setattr(train, "train_step", overflowing)
+    start(dtype="float16", optimizer="muon", grad_clip=0, max_iters=1)
 
 
 @pytest.mark.parametrize("asked", ["auto", "true"])
