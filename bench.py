@@ -4,7 +4,7 @@
     python bench.py decode --shape=heavy --batch_size=1  one part; --help lists the parts and the keys
     python bench.py --json=experiments/results/laptop.json --plot=laptop.png
     python bench.py table                                the table of README.md, from experiments/results
-    torchrun --nproc_per_node=8 bench.py train           several GPUs, and what they lose by waiting
+    torchrun --standalone --nproc_per_node=8 bench.py train   several GPUs, and what they lose by waiting
 
 What is compared takes turns, A B A B ..., so that what slows the machine for a while slows both. A ratio is
 the median over these pairs, with its quartiles. `time/x` is the time as a multiple of x's, so less is better;
@@ -38,7 +38,13 @@ from torch.optim import Optimizer
 
 import distributed
 from config import bad_input_exits, require, results
-from config.device import decoding_threads, give_back_freed_memory, keep_freed_memory, pick_compiled_decoding
+from config.device import (
+    as_graph,
+    decoding_threads,
+    give_back_freed_memory,
+    keep_freed_memory,
+    pick_compiled_decoding,
+)
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
 from optimizers import make_optimizers
 from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
@@ -101,7 +107,7 @@ class Bench(results.Machine):
         return MoEConfig(**{key: value for key, value in settings.items() if key in keys})
 
     def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
-        return torch.compile(function, fullgraph=fullgraph) if self.compile else function
+        return as_graph(function, fullgraph=fullgraph) if self.compile else function
 
     def text(self, vocab_size: int, batch_size: int, tokens: int) -> Tensor:
         """Token ids (batch_size, tokens), as uneven as words (Zipf's law): so is then the experts' load."""
@@ -572,7 +578,7 @@ def our_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callabl
 def transformers_works(bench: Bench, shape: MoEConfig, text: Tensor, experts: str) -> dict[str, Callable]:
     model = make_olmoe(shape).to(bench.device, bench.dtype).eval()  # it has no dropout that would train
     model.set_experts_implementation(experts)
-    forward, update = bench.compiled(model, fullgraph=False), updater(model, adamw(model))
+    forward, update = torch.compile(model) if bench.compile else model, updater(model, adamw(model))
     prompt = text[:1, : text.shape[1] // 2].contiguous()
     batch = {"input_ids": text[:, :-1], "labels": text[:, :-1], "use_cache": False}
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": prompt.shape[1]}

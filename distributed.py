@@ -1,6 +1,6 @@
 """Several processes that train one model, each on a GPU of its own; torchrun starts them.
 
-    torchrun --nproc_per_node=2 train.py config/tiny_seqtopk.py --gradient_accumulation_steps=2 --batch_size=8
+    torchrun --standalone --nproc_per_node=2 train.py config/tiny_seqtopk.py --gradient_accumulation_steps=2
 
 Each process computes an equal part of an iteration's micro-batches. By default each has the whole model, and
 DDP averages the gradients while the backward pass goes on. Under `--shard=true` each has a part of every

@@ -10,7 +10,8 @@ Pre-norm RMSNorm, RoPE, SwiGLU experts, untied head. Pretrained OLMoE, Qwen and 
 The path of a token through one layer: gate -> scores -> router (router.py) -> mask -> the pairs sorted by
 expert -> two grouped matrix products, times the scores in between -> back to the tokens. Under a router with
 a known budget no shape depends on the data, so the host never waits for the device; under the others it waits
-once a layer, to count the pairs.
+once a layer, to count the pairs. That is so in bfloat16 on GPUs of compute capability 9 and 10 (torch 2.10 to
+2.13): elsewhere grouped_mm itself is a loop on the host, which waits six times in a layer's training step.
 """
 
 import zipfile
@@ -28,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import require
 from config.check import COUNT, check, door
-from config.device import check_memory
+from config.device import as_graph, check_memory
 from config.files import whole
 from data import hugging_face
 from router import (
@@ -404,6 +405,13 @@ def sort_pairs(mask: Tensor, max_pairs: int | None) -> tuple[Tensor, Tensor, Ten
     return pair, pair % mask.shape[0], mask.sum(0).cumsum(0).int()
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot look into it
+def leaves_garbage(device: torch.device) -> bool:
+    """Whether grouped_mm leaves the weight gradient of an expert without tokens undefined: on GPUs of compute
+    capability 10 (pytorch issue 172439, cutlass issue 2674)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+
+
 def run_experts(
     x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, max_pairs: int | None
 ) -> Tensor:
@@ -416,10 +424,15 @@ def run_experts(
     spare = pair < 0
     if torch.is_grad_enabled():  # grouped_mm leaves rows behind the last end, and their gradients, undefined:
         ends = torch.where(ends == ends[-1], len(pair), ends).int()  # so the last expert in use gets them
+        x = x.float()  # to gather its rows adds up the gradients of a token's pairs: not in bfloat16
+        if leaves_garbage(x.device):
+            used = mask.any(0).view(-1, 1, 1)
+            w_in, w_out = (torch.where(used, w, 0) for w in (w_in, w_out))
     pair_weight = torch.where(spare, 0, weight.T.reshape(-1).index_select(0, pair.clamp(min=0)))  # (N,)
-    h = swiglu(F.grouped_mm(x.index_select(0, token), w_in, offs=ends))  # (N, H)
+    rows = x.index_select(0, token).to(w_in.dtype)  # (N, C)
+    h = swiglu(F.grouped_mm(rows, w_in, offs=ends))  # (N, H)
     # the weight multiplies here, where rows are narrower than behind w_out: 3% of a layer's time
-    h = (h * pair_weight.unsqueeze(-1)).to(x.dtype)
+    h = (h * pair_weight.unsqueeze(-1)).to(w_in.dtype)
     y = F.grouped_mm(h, w_out, offs=ends).float()  # (N, C)
     if not torch.is_grad_enabled():
         y = y.masked_fill_(spare.unsqueeze(-1), 0)
@@ -955,8 +968,7 @@ class MoEGPT(nn.Module):
 def compiled_step(gpu: bool) -> Callable:
     """MoEGPT._step by torch.compile: one graph for each size of its inputs and bucket of its cache; on a GPU
     a CUDA graph. What it returns is the caller's to keep."""
-    torch._dynamo.config.recompile_limit = 64  # instead of 8: buckets, batch sizes, routers
-    step = torch.compile(MoEGPT._step, fullgraph=True, dynamic=False, mode="reduce-overhead" if gpu else None)
+    step = as_graph(MoEGPT._step, fullgraph=True, dynamic=False, mode="reduce-overhead" if gpu else None)
 
     def run(model: MoEGPT, idx: Tensor, cache: Cache, active: Tensor | None) -> list[Tensor]:
         torch.compiler.cudagraph_mark_step_begin()  # whose next step writes over what this one returned
@@ -1009,29 +1021,16 @@ def check_shapes(here: dict[str, Tensor], there: dict[str, Tensor], where: str |
 
 
 def fit_state(checkpoint: dict, config: MoEConfig, here: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's weights, with the router state that a model of `config` has `here`: the checkpoint's if
-    its router has the same state, or else the initial one.
-
-    Older checkpoints kept Expert Threshold's cutoffs as a bias of 1 - cutoff, and ReMoE's L1 weight once for
-    all layers.
-    """
-    weights, router = dict(checkpoint["model"]), checkpoint["config"]["router"]
-    if router == "expert_threshold" and not any(".state." in name for name in weights):
-        for name in [name for name in weights if name.endswith(".mlp.bias")]:
-            layer, bias = name.removesuffix("bias"), weights[name]
-            weights |= {f"{layer}state.cutoff": 1 - bias, name: torch.zeros_like(bias)}
-            weights[f"{layer}state.k"] = torch.tensor(checkpoint["config"]["k"])
-            weights[f"{layer}state.updates"] = torch.tensor(checkpoint.get("step", 0))
-    state = {name: tensor for name, tensor in here.items() if ".state." in name}
-    if "l1_coef" in checkpoint:
-        state |= {name: checkpoint["l1_coef"] for name in state if name.endswith(".l1_coef")}
-    same = router in ROUTERS and ROUTERS[router].state is ROUTERS[config.router].state
-    kept = {name: tensor for name, tensor in weights.items() if same or ".state." not in name}
-    return state | kept
+    """A checkpoint's weights, with its router's state or, under a router that has another, the one `here`."""
+    weights, router = checkpoint["model"], checkpoint["config"]["router"]
+    if router in ROUTERS and ROUTERS[router].state is ROUTERS[config.router].state:
+        return weights
+    kept = {name: tensor for name, tensor in weights.items() if ".state." not in name}
+    return kept | {name: tensor for name, tensor in here.items() if ".state." in name}
 
 
 FORMAT = "seqtopk checkpoint 1"
-CHECKPOINT = {"config": dict, "model": {str: Tensor}, "step?": COUNT}
+CHECKPOINT = {"config": {"norm_best": int | None}, "model": {str: Tensor}, "step?": COUNT}
 CHECKPOINT |= {"tokenizer?": dict, "train_config?": dict}
 
 
@@ -1054,8 +1053,7 @@ def save_checkpoint(path: str | Path, model: MoEGPT, weights: dict | None = None
 def load_checkpoint(path: str | Path) -> dict:
     """Read what save_checkpoint wrote, with its "path": `extra`, and what MoEGPT.from_checkpoint takes.
 
-    Older ones had raw weights: their norm_best is 0. Raises ValueError when there is no such file, when it is
-    damaged, or when something else wrote it.
+    Raises ValueError when there is no such file, when it is damaged, or when something else wrote it.
     """
     path = Path(path)
     if not path.is_file():
@@ -1068,8 +1066,6 @@ def load_checkpoint(path: str | Path) -> dict:
         ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
         require(ours, "its format", "not that of this project (or of another version)", repr(FORMAT))
         check(checkpoint, CHECKPOINT)
-        for settings in (checkpoint["config"], checkpoint.get("train_config", {})):
-            settings.setdefault("norm_best", 0)  # what older ones did
         MoEConfig(**checkpoint["config"])
         for name, tensor in checkpoint["model"].items():
             require(not tensor.isnan().any(), name, "NaN", "numbers")

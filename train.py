@@ -6,7 +6,7 @@
     python train.py --init_from=out/small_topk --router=seqtopk --max_iters=100 --warmup_iters=10
     python train.py config/finetune_olmoe_gsm8k.py
     python train.py config/tiny_seqtopk.py --router=online_seqtopk --first_router=seqtopk --first_iters=630
-    torchrun --nproc_per_node=2 train.py config/tiny_seqtopk.py --gradient_accumulation_steps=2 --batch_size=8
+    torchrun --standalone --nproc_per_node=2 train.py config/tiny_seqtopk.py --gradient_accumulation_steps=2
 
 Each evaluation prints two validation losses. The first is causal: the router's `decode` stand-in routes,
 which sees no future token, as when sampling; it is the likelihood of the text. The second is under the router
@@ -47,6 +47,7 @@ from config import bad_input_exits, parse, printable, require
 from config.check import COUNT, check, door
 from config.device import (
     DTYPES,
+    as_graph,
     check_memory,
     compile_asked,
     keep_freed_memory,
@@ -166,7 +167,7 @@ class TrainConfig(MoEConfig):
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
 OPTIMIZER = ["optimizer", "train_only", "weights_dtype"]
 # What train.py adds to a checkpoint, for check; and the names of what each optimiser keeps of a weight.
-RUN = {"train_config": dict, "tokenizer": dict, "source_sha256": str, "data_sha256?": str, "optimizers": list}
+RUN = {"train_config": dict, "tokenizer": dict, "source_sha256": str, "data_sha256": str, "optimizers": list}
 RUN |= {"step": COUNT, "evaluated": range(-1, 2**63), "best": float, "scaler": dict, "rng": Tensor}
 KEPT = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "RoundingAdamW": {"mean", "square"}, "Muon": {"mean"}}
 
@@ -232,12 +233,9 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
         theirs = shlex.quote(meta["name"]) if meta.get("kind") == "hf" else "..."
         remedy = f"prepare it with the checkpoint's (prepare.py --tokenizer={theirs}), or start from scratch"
         raise ValueError(f"dataset {config.dataset} has another vocabulary than the checkpoint: {remedy}")
-    if config.init_from == "resume":
-        older = "data_sha256" not in checkpoint
-        was = checkpoint["source_sha256" if older else "data_sha256"]
-        if was != (dataset.meta["source_sha256"] if older else dataset.sha256):
-            since = "was prepared anew, with other tokens, since the run began"
-            raise ValueError(f"dataset {config.dataset} {since}: start from scratch")
+    if config.init_from == "resume" and checkpoint["data_sha256"] != dataset.sha256:
+        since = "was prepared anew, with other tokens, since the run began"
+        raise ValueError(f"dataset {config.dataset} {since}: start from scratch")
     padded = checkpoint and config.vocab_size > tokenizer.vocab_size  # pretrained embeddings often are
     right = padded or config.vocab_size in (0, tokenizer.vocab_size)
     require(right, "vocab_size", config.vocab_size, f"0 or the data's {tokenizer.vocab_size}")
@@ -390,7 +388,7 @@ def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
 def compile_or_explain(run: Run) -> None:
     """Compile run.forward and try it on one batch; if that fails and nobody insisted, it stays plain."""
     plain = run.forward
-    run.forward = torch.compile(plain)
+    run.forward = as_graph(plain)
     try:
         for router in {run.config.router_at(run.step), run.config.router}:
             losses(run, *batch(run, 0), router)[0].backward()
@@ -456,16 +454,19 @@ def train_step(run: Run) -> Tensor:
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    norm = distributed.full(norm)
+    overflowed = run.scaler.is_enabled() and not norm.isfinite()  # in float16: then no optimiser steps
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.get("boost", 1.0) * learning_rate(config, run.step)
-        run.scaler.step(optimizer)
+        if not overflowed:  # GradScaler.step would ask for each optimiser by itself
+            optimizer.step()
         optimizer.zero_grad()
     run.scaler.update()
     if routings:
         adapt(run, routings)
     run.step += 1
-    return torch.stack([mean_loss, distributed.full(norm)])
+    return torch.stack([mean_loss, norm])
 
 
 def adapt(run: Run, routings: list[list[Routing]]) -> None:
@@ -747,7 +748,7 @@ def command(script: str, config: TrainConfig, *options: str) -> str:
     module = getattr(ROUTERS[config.router].select, "__module__", "")  # of a config file: its path
     own = [os.path.relpath(module)] if module.endswith(".py") else []
     several = world() > 1 and script == "train.py"
-    start = ["torchrun", f"--nproc_per_node={world()}"] if several else ["python"]
+    start = ["torchrun", "--standalone", f"--nproc_per_node={world()}"] if several else ["python"]
     return shlex.join([*start, script, *own, f"--out_dir={config.out_dir}", *options])
 
 

@@ -69,6 +69,14 @@ def check_memory(n_bytes: int, what: str, device: torch.device) -> None:
         raise ValueError(f"{what} {needs}: choose smaller ones")
 
 
+def as_graph(function: Callable, **options) -> Callable:
+    """torch.compile for a process that compiles a function under many routers, some without a bound."""
+    settings = torch._dynamo.config
+    settings.capture_dynamic_output_shape_ops = True  # or the graph breaks where a layer counts its pairs
+    settings.recompile_limit = 64  # instead of 8: routers, batch sizes, buckets of a cache
+    return torch.compile(function, **options)
+
+
 REPAID_STEPS = 20_000  # compiling took 26 s and saved 1.7 ms a step: four layers, C=256, two CPU cores
 ONE_THREAD_BYTES = 50e6  # a guess: where two threads begin to pay was not measured
 

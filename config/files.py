@@ -31,15 +31,17 @@ def whole(path: Path) -> Iterator[Path]:
 def scratch(parent: Path) -> Iterator[Path]:
     """A new empty folder in `parent`, which is removed at the end. Raises OSError."""
     remove_leftovers(parent)
-    with tempfile.NamedTemporaryFile(dir=parent, prefix=SCRATCH, suffix=LOCK) as file:
+    handle, name = tempfile.mkstemp(LOCK, SCRATCH, parent)
+    with open(handle) as file:
         with contextlib.suppress(OSError):  # nobody removes what cannot be locked
             lock(file)
-        folder = Path(file.name).with_suffix("")
-        folder.mkdir()
+        folder = Path(name).with_suffix("")
         try:
+            folder.mkdir()
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            Path(name).unlink(missing_ok=True)  # another process may have found it before it was locked
 
 
 def remove_leftovers(parent: Path) -> None:

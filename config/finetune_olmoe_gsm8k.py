@@ -18,7 +18,8 @@
 # each. To resume, the machine itself needs 70 GB of memory.
 #
 # Several GPUs share float32 states, each with the micro-batches above (worked out as well):
-#   torchrun --nproc_per_node=4 train.py config/finetune_olmoe_gsm8k.py --shard=true --weights_dtype=float32
+#   torchrun --standalone --nproc_per_node=4 train.py config/finetune_olmoe_gsm8k.py --shard=true \
+#       --weights_dtype=float32
 #                                    1 GPU      2 GPUs     4 GPUs     8 GPUs, --batch_size=4
 #   weights, gradients, moments    110.7 GB    55.4 GB    27.7 GB    13.8 GB  --gradient_accumulation_steps=8
 #   blocks in whole, gradients          -      11 GB      11 GB      11 GB    1.7 GB each: 3 and 3 at most

@@ -419,6 +419,8 @@ def train_here(arm: Arm, settings: dict[str, object], folder: Path) -> str | Non
     """What train.py does, with the arm's rewiring. What went wrong, if anything did."""
     resume = {"init_from": "resume"} if (folder / "last.pt").is_file() else {}
     try:
+        if arm.after:
+            still_there(settings["init_from"])
         run = set_up(settings | {"out_dir": folder} | resume)
         if arm.rewire:
             arm.rewire(run.model)
@@ -430,6 +432,13 @@ def train_here(arm: Arm, settings: dict[str, object], folder: Path) -> str | Non
         torch.compiler.reset()  # or what was compiled would count against the next model
     run.optimizers = []  # half of the file, and no run goes on with them
     return None if run.save("last.pt") else "its end could not be saved"
+
+
+def still_there(checkpoint: Path) -> Path:
+    """The same path. Raises ValueError if a finished run's checkpoint was deleted."""
+    remedy = f"there: delete {checkpoint.parent}, so that it is trained again"
+    require(checkpoint.is_file(), f"{checkpoint.name} of a finished run", "missing", remedy)
+    return checkpoint
 
 
 def set_up(settings: dict[str, object]) -> train.Run:
@@ -574,7 +583,7 @@ def open_run(lab: Lab, arm: Arm, start: Start, tokens: int | None = None, **chan
     anew since.
     """
     folder = run_folder(lab.config, arm, start)
-    checkpoint = load_checkpoint(folder / "last.pt")
+    checkpoint = load_checkpoint(still_there(folder / "last.pt"))
     own = {} if arm.tuned else arm.settings
     changes = {f.name: own[f.name] for f in fields(MoEConfig) if f.name in own} | changes
     settings = checkpoint["train_config"] | changes

@@ -54,6 +54,8 @@ def test_decoding_with_caches_equals_the_forward_without():
 @pytest.mark.parametrize("name", [name for name, router in ROUTERS.items() if router.exact])
 def test_an_exact_router_never_waits_for_the_device(name):
     """A forward and a backward under bfloat16 autocast read nothing back to the host."""
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("elsewhere torch's grouped_mm itself waits")
     model = MoEGPT(MoEConfig(**SHAPE, router=name)).cuda()
     idx = torch.randint(64, (4, 64)).cuda()
     for mode in ("default", "error"):  # the first round sets up kernels

@@ -697,6 +697,27 @@ def test_runs_of_other_data_are_refused(own):
         lab.open_run(here, arms[0], FIRST)
 
 
+def test_a_finished_run_whose_checkpoint_was_deleted(own):
+    """Who needs it says what is missing and what to delete: its judge, and a branch that starts from it."""
+    here, said = own[0], r"last.pt of a finished run is missing.*delete .*runs"
+    (trunk,) = lab.router_arms(here, ["topk"], 2)
+    assert len(lab.compare(here, [trunk])) == 1
+    (lab.run_folder(here.config, trunk, FIRST) / "last.pt").unlink()
+    with pytest.raises(ValueError, match=said):
+        lab.open_run(here, trunk, FIRST)
+    branch = replace(trunk, after=trunk)
+    settings = lab.run_settings(here.config, branch, FIRST)
+    assert re.search(said, lab.train_here(branch, settings, lab.run_folder(here.config, branch, FIRST)))
+
+
+def test_an_oracle_of_answers_is_refused_before_anything_is_trained(own, oracle, monkeypatch):
+    here, folder = own
+    monkeypatch.setattr(lab, "train_run", None)
+    monkeypatch.setattr(data, "load", lambda path: SimpleNamespace(folder=folder, val_answers=[]))
+    with pytest.raises(ValueError, match=r"dataset is .*, but must be one of which all tokens are learned"):
+        oracle.answer(here)
+
+
 def test_figures_have_the_exact_match(ask, own, monkeypatch):
     """Where the data has test problems, the share of them that is solved, of PROBLEMS of each level."""
     here, folder = own
