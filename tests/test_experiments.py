@@ -214,7 +214,7 @@ def test_minutes_are_those_of_the_iterations(own, monkeypatch):
     monkeypatch.setattr(minutes, "TIMED", 4)
     options = minutes.MinutesOptions(config=own[0].config.config, device="cpu", seeds=1, longer=1.5)
     rows = {row["what"]: row for row in minutes.answer(Lab.of(options))}
-    iterations = {"topk": 10, "seqtopk": 10, "dense": 10, "dense, 1.5 times the iterations": 15}
+    iterations = {"topk": 10, "dense": 10, "dense, 1.5 times the iterations": 15}
     assert list(rows) == list(iterations)
     for name, row in rows.items():
         (curve,) = row["curves"]
@@ -226,7 +226,7 @@ def test_minutes_are_those_of_the_iterations(own, monkeypatch):
         assert curve["nats"][-1] == pytest.approx(row["nats"][0], abs=0.2)  # of fewer windows
     monkeypatch.setattr(lab, "train_here", lambda *args: "failed")  # the runs of a second seed are missing
     rows = minutes.answer(Lab.of(replace(options, seeds=2)))
-    assert [len(row["curves"]) for row in rows] == [row["runs"] for row in rows] == [1] * 4
+    assert [len(row["curves"]) for row in rows] == [row["runs"] for row in rows] == [1] * 3
 
 
 def test_the_questions_agree_on_the_same_runs(ask):
