@@ -1,9 +1,13 @@
 """Which scores compare tokens best?
 
 A softmax is normalised within a token, and SeqTopK compares its probabilities between tokens. Here it selects
-by something else, while the weights stay: by logits, by logits less the token's mean, and by probability
-times the entropy of the token's probabilities or times the norm of what its experts read. (Sigmoids select as
-logits do, because only their order counts.) Rows are compared to TopK, without tuning and tuned.
+by something else, while the weights stay:
+- the weight, which is the probability over the sum of the token's best;
+- the rise of a root: an expert counts by how much it raises the square root of the sum of its token's
+  probabilities, or weights, best first. So the next expert is worth less to a token that has much already;
+- logits, and logits less the token's mean (sigmoids select as logits do, because only their order counts);
+- probability times the entropy of the token's probabilities, or times the norm of what its experts read.
+Rows are compared to TopK, without tuning and tuned.
 """
 
 from collections.abc import Callable
@@ -11,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.lab import Lab, compare, router_arms, run_question, untuned
@@ -18,19 +23,31 @@ from experiments.lab import Lab, compare, router_arms, run_question, untuned
 from model import Context, MoE, MoEGPT
 from router import ExpertCache, Routing
 
-Ranking = Callable[[Tensor, Tensor], Tensor]  # logits (B, T, E), x (B, T, C) -> what selects, (B, T, E)
+# logits, scores and weights (B, T, E) each, x (B, T, C) -> what selects, (B, T, E)
+Ranking = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def by_entropy(logits: Tensor, x: Tensor) -> Tensor:
-    share = logits.softmax(-1)
-    return share * torch.special.entr(share).sum(-1, keepdim=True)
+def rise_of_root(share: Tensor) -> Tensor:
+    """How much each expert adds to the square root of its token's sum of shares, best first: (..., E)."""
+    ranked, experts = share.sort(dim=-1, descending=True, stable=True)
+    root = ranked.cumsum(-1).sqrt()
+    rise = ranked / (root + F.pad(root[..., :-1], (1, 0)))
+    return torch.zeros_like(share).scatter(-1, experts, rise)
+
+
+def entropy(share: Tensor) -> Tensor:
+    """(..., E) -> (..., 1), in nats."""
+    return torch.special.entr(share).sum(-1, keepdim=True)
 
 
 RANKINGS: dict[str, Ranking] = {
-    "logits": lambda logits, x: logits,
-    "centred logits": lambda logits, x: logits - logits.mean(-1, keepdim=True),
-    "probability * entropy": by_entropy,
-    "probability * norm": lambda logits, x: logits.softmax(-1) * x.norm(dim=-1, keepdim=True),
+    "weight": lambda logits, scores, weight, x: weight,
+    "root of probabilities": lambda logits, scores, weight, x: rise_of_root(scores),
+    "root of weights": lambda logits, scores, weight, x: rise_of_root(weight),
+    "logits": lambda logits, scores, weight, x: logits,
+    "centred logits": lambda logits, scores, weight, x: logits - logits.mean(-1, keepdim=True),
+    "probability * entropy": lambda logits, scores, weight, x: scores * entropy(scores),
+    "probability * norm": lambda logits, scores, weight, x: scores * x.float().norm(dim=-1, keepdim=True),
 }
 
 
@@ -56,7 +73,8 @@ def forward(
 ) -> tuple[Tensor, Routing]:
     """As MoE.forward, for layers without a shared expert."""
     logits, scores = layer.score(x)
-    mask = layer.select(ranking(logits.detach(), x.detach().float()), context, cache)
+    weight = layer.weigh(scores, torch.ones_like(scores, dtype=torch.bool))  # which depends on no choice
+    mask = layer.select(ranking(logits, scores, weight, x).detach(), context, cache)
     return layer.dispatch(x, mask, layer.weigh(scores, mask), context), Routing(logits, scores, mask)
 
 

@@ -121,7 +121,8 @@ QUARTERS = [f"{kind}, quarter {i}" for kind in ("written", "read") for i in (1, 
 KINDS = [f"{kind}, {how}" for kind in difficulty.KINDS for how in ("read", "predicted")]
 BOUNDS = [f"max_experts={bound}" for bound in (3, 5, 6, 12)]
 LENGTHS = ["T=8", "T=8, tokens 1 to 4", "T=8, tokens 5 to 8", "T=32"]
-RANKINGS = ("logits", "centred logits", "probability * entropy", "probability * norm")
+RANKINGS = "weight,root of probabilities,root of weights,logits,centred logits"
+RANKINGS = (*RANKINGS.split(","), "probability * entropy", "probability * norm")
 LENGTHS += [f"T=32, tokens {tokens}" for tokens in ("1 to 4", "5 to 8", "9 to 32")]
 
 
@@ -556,11 +557,21 @@ def test_selecting_by_probabilities_changes_nothing_and_by_others_no_weight(ask,
         torch.testing.assert_close(parts, model(x, router="online_seqtopk")[0])
         return model(x)
 
-    assert torch.equal(rewired(lambda logits, x: logits.softmax(-1))[0], plain[0])
+    assert torch.equal(rewired(lambda logits, scores, weight, x: scores)[0], plain[0])
     by_logits = rewired(scores.RANKINGS["logits"])
-    assert torch.equal(by_logits[0], rewired(lambda logits, x: logits.sigmoid())[0])
+    assert torch.equal(by_logits[0], rewired(lambda logits, *others: logits.sigmoid())[0])
     assert not torch.equal(by_logits[0], plain[0])
     assert torch.equal(by_logits[2].routing[0].scores, plain[2].routing[0].scores)  # of the first layer
+
+
+def test_the_rise_of_the_root_by_hand(scores):
+    """Roots of 7, 12 and 16; of 3, 4 and 4; of 1, 2 and 3."""
+    found = scores.rise_of_root(torch.tensor([[5.0, 7.0, 4.0], [1.0, 0.0, 3.0], [1.0, 1.0, 1.0]]))
+    root = [n**0.5 for n in range(17)]
+    want = [[root[12] - root[7], root[7], 4 - root[12]], [2 - root[3], 0, root[3]]]
+    torch.testing.assert_close(found, torch.tensor([*want, [1, root[2] - 1, root[3] - root[2]]]))
+    share = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    assert torch.equal(scores.rise_of_root(share).argsort(-1), share.argsort(-1))  # of a token's experts
 
 
 @pytest.mark.parametrize("order", ["high loss", "low loss", "high entropy", "random"])
