@@ -490,8 +490,8 @@ def cache_rows(bench: Bench, batch_size: int, lengths: list[int], n_expert: int,
 
 
 def bench_peers(bench: Bench) -> list[dict]:
-    """The same model under TopK, as OLMoE, in Hugging Face transformers, and in llama.cpp if it is installed:
-    training steps (not llama.cpp), greedy generation.
+    """The same model under TopK, as OLMoE, in Hugging Face transformers: training steps, greedy generation.
+    This on a CPU also in llama.cpp, if it is installed.
 
     All have the same shape and tokens, fused AdamW and clipping, and one dtype throughout. They take turns,
     each in a process of its own, so that each sets the memory allocator for itself. Transformers does without
@@ -503,7 +503,7 @@ def bench_peers(bench: Bench) -> list[dict]:
     kinds = ["ours", "eager", "grouped_mm"]
     if not bench.gpu and importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
         kinds.append("llama.cpp")
-    else:
+    elif not bench.gpu:
         print("without llama.cpp: pip install llama-cpp-python gguf, which needs a C++ compiler")
     size = bench.sized(batch_size=8, tokens=bench.shape("peers").block_size)
     torch.cuda.empty_cache()  # what earlier parts have left: the processes need it

@@ -738,7 +738,7 @@ def move_aside(folder: Path, log: IO) -> None:
     if logged:
         shutil.copy(log.name, aside)
     for path in checkpoints:
-        path.replace(aside / path.name)
+        shutil.move(path, aside)  # copies where out_dir is a volume of its own
     log.truncate(0)
     print(f"the run that was in {folder} is now in {aside}")
 

@@ -419,7 +419,7 @@ def train_here(arm: Arm, settings: dict[str, object], folder: Path) -> str | Non
     """What train.py does, with the arm's rewiring. What went wrong, if anything did."""
     resume = {"init_from": "resume"} if (folder / "last.pt").is_file() else {}
     try:
-        if arm.after:
+        if arm.after and not resume:
             still_there(settings["init_from"])
         run = set_up(settings | {"out_dir": folder} | resume)
         if arm.rewire:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import io
 import json
 import math
@@ -791,10 +792,18 @@ def test_whatever_is_not_finite_stops_the_run(start, tmp_path, capsys, monkeypat
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
 
 
-def test_an_old_run_is_moved_aside(start, tmp_path, capsys):
-    """Starting again in the same folder loses nothing of what was there, be it a checkpoint without its log,
-    and moves nothing that is not the run's; resuming moves nothing."""
+def test_an_old_run_is_moved_aside(start, tmp_path, capsys, monkeypatch):
+    """Starting again in the same folder, a volume of its own here, loses nothing of what was there, be it a
+    checkpoint without its log, and moves nothing that is not the run's; resuming moves nothing."""
     kept, others = [], {"other/last.pt": b"another run", "notes": b"mine"}
+
+    def within(move, old, new):
+        if "run" in Path(old).parts and "run" not in Path(new).parts:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        move(old, new)
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, partial(within, getattr(os, name)))
     for name, content in others.items():
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_bytes(content)

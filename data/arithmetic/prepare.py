@@ -38,15 +38,15 @@ VAL_FRACTION = 0.02
 # The number of a line "#### ...", as people and models write it: after "=", ":" or "is"; with a currency, in
 # bold or LaTeX; with groups of three digits, decimals, a scale, a unit. What makes another number of it must
 # not follow: "1/2", "7-8", "3:30", "2 or 3", "1e3", "1,9".
-MARKS = r"(?:[*_`$€£\\{}()\[\] \t\u00a0\u202f]|boxed|text|USD)*"
-BETWEEN = r"(?:[-+/^:*=x\u00d7\u00f7\u2212\u2013]|to|or|and)?"
+MARKS = r"(?:[*_`'\"\u2019\u201c\u201d$€£¥₹\\{}()\[\] \t\u00a0\u202f]|boxed|(?:math|text)(?:bf|rm)?|USD?)*+"
+BETWEEN = r"(?:[-+/^:*=x\u00d7\u00f7\u2212\u2013\u2014]|to|or|and|plus|minus|times|cdot|div)?"
 FINAL_ANSWER = re.compile(
-    rf"####(?:[^\n\d]*?(?:[:=]|\bis\b))?{MARKS}(?P<minus>[-\u2212\u2013])?\+?{MARKS}(?=\.?[0-9])"
-    r"(?P<number>(?:[0-9]{1,3}(?:(?:,|\{,\}|\\,|[ \u00a0\u202f'])[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)"
-    rf"(?![0-9]|[,.][0-9]|{MARKS}{BETWEEN}{MARKS}[0-9]|e[-+]?[0-9])"
-    rf"{MARKS}(?P<scale>(?:thousand|million|billion|k)\b)?"
+    rf"####(?:[^\n\d#]*?(?:[:=]|\bis\b))?{MARKS}(?P<minus>[-\u2212\u2013])?\+?{MARKS}(?=\.?[0-9])"
+    r"(?P<number>(?:[0-9]{1,3}(?:(?:,|\{,\}|\\,|[ \u00a0\u202f'\u2019])[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)"
+    rf"(?!{MARKS}{BETWEEN}{MARKS}[0-9¼½¾⅓⅔²³]|[,.][0-9]|[eE][-+]?[0-9])"
+    rf"{MARKS}(?P<scale>(?:(?i:thousand|million|billion|k)|M)\b)?"
 )
-SCALES = {None: 1, "k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+SCALES = {"": 1, "k": 10**3, "m": 10**6, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def is_correct(generated: str, result: Fraction) -> bool:
 def result_of(text: str) -> Fraction | None:
     """The number of the first "#### NUMBER" in a text (FINAL_ANSWER); None if there is none."""
     if match := FINAL_ANSWER.search(text):
-        number = Fraction(re.sub("[^0-9.]", "", match["number"])) * SCALES[match["scale"]]
+        number = Fraction(re.sub("[^0-9.]", "", match["number"])) * SCALES[(match["scale"] or "").lower()]
         return -number if match["minus"] else number
     return None
 
