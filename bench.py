@@ -607,12 +607,15 @@ def make_olmoe(shape: MoEConfig) -> torch.nn.Module:
 
 
 def llama_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callable]:
+    from gguf import GGMLQuantizationType
     from llama_cpp import Llama
 
-    n, threads = text.shape[1] // 2, torch.get_num_threads()
+    n, kind = text.shape[1] // 2, GGMLQuantizationType[GGUF_TYPES[bench.dtype]]
+    options = dict.fromkeys(("n_threads", "n_threads_batch"), torch.get_num_threads())
+    options |= dict.fromkeys(("type_k", "type_v"), kind)  # of its KV cache
     with tempfile.TemporaryDirectory() as folder:
         write_gguf(path := f"{folder}/olmoe.gguf", shape, bench.dtype)
-        model = Llama(path, n_ctx=2 * n, n_threads=threads, n_threads_batch=threads, verbose=False)
+        model = Llama(path, n_ctx=2 * n, **options, verbose=False)
 
     def write() -> None:
         model.reset()

@@ -649,14 +649,14 @@ class Interrupt:
 
 
 def evaluate_and_save(run: Run, meter: Meter) -> None:
-    """Print and log a line of the table; write last.pt, and best.pt if this causal loss is the lowest."""
+    """Log a line of the table; write last.pt, and best.pt if this causal loss is the lowest.
+    Print the line last, because that ends the run where nobody reads any more."""
     meter.read(run)
     decodes, trains = ROUTERS[run.config.router].decode, run.config.router_at(run.step)
     causal = evaluate(run, decodes)
     as_trained = causal if trains == decodes else evaluate(run, trains)
     causal, as_trained = distributed.by_first(lambda: (causal, as_trained))  # others may differ in a last bit
     train_loss = sum(meter.losses) / len(meter.losses) if meter.losses else math.nan
-    tqdm.write(table_line(run.step, train_loss, causal, as_trained, meter.tokens_per_second))
     if not math.isfinite(causal["loss"]):
         raise Diverged(f"the validation loss became {causal['loss']:.4g} at iteration {run.step}")
     meter.log.write(kind="eval", step=run.step, causal=causal, as_trained=as_trained)
@@ -665,6 +665,7 @@ def evaluate_and_save(run: Run, meter: Meter) -> None:
     if run.best < before and not run.save("best.pt"):  # the first of the two: last.pt knows no better one
         run.best = before  # the next evaluation tries again
     run.save("last.pt")
+    tqdm.write(table_line(run.step, train_loss, causal, as_trained, meter.tokens_per_second))
     meter.losses.clear()
     meter.restart()
 
