@@ -352,6 +352,40 @@ class ExpertCache:
         self.sorted.copy_(merged[:, new.shape[1] :])
 
 
+# -------------------- SeqTopK with returns that diminish --------------------------------------------------
+
+
+def rise_of_root(scores: Tensor) -> Tensor:
+    """How much each expert adds to the square root of the sum of its token's scores, best first.
+
+    What a further expert is worth falls with what its token has already. A budget spent by these is one that
+    makes the sum of all tokens' roots largest. Not from a paper; measured in experiments/scores.py.
+
+    scores (..., E), none below 0 -> (..., E), in the order of the scores.
+    """
+    ranked, expert_ids = scores.float().sort(dim=-1, descending=True, stable=True)
+    root = ranked.cumsum(-1).sqrt()
+    rise = ranked / (root + F.pad(root[..., :-1], (1, 0))).clamp(min=1e-20)  # root.diff() rounds more
+    return torch.empty_like(rise).scatter_(-1, expert_ids, rise)
+
+
+def seqtopk_root(scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None) -> Tensor:
+    """seqtopk by the rise of the root."""
+    return seqtopk(rise_of_root(scores), k, min_experts, max_experts)
+
+
+def online_seqtopk_root(scores: Tensor, k: int, **options) -> Tensor:
+    """Its causal form: online_seqtopk, with its options, by the rise of the root."""
+    return online_seqtopk(rise_of_root(scores), k, **options)
+
+
+class RootCache(ExpertCache):
+    """What online_seqtopk_root remembers."""
+
+    def route(self, scores: Tensor, active: Tensor | None = None) -> Tensor:
+        return super().route(rise_of_root(scores), active)
+
+
 # -------------------- the table ---------------------------------------------------------------------------
 
 
@@ -411,6 +445,14 @@ ROUTERS = {
         options=(*BOUNDS, "strict"),
         cache=ExpertCache,
         max_pairs=online_max_pairs,
+    ),
+}
+ROUTERS |= {
+    "seqtopk_root": ROUTERS["seqtopk"]._replace(
+        select=seqtopk_root, decode="online_seqtopk_root", takes_bias=False
+    ),
+    "online_seqtopk_root": ROUTERS["online_seqtopk"]._replace(
+        select=online_seqtopk_root, decode="online_seqtopk_root", cache=RootCache, takes_bias=False
     ),
 }
 

@@ -15,24 +15,15 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.lab import Lab, compare, router_arms, run_question, untuned
 
 from model import Context, MoE, MoEGPT
-from router import ExpertCache, Routing
+from router import ExpertCache, Routing, rise_of_root
 
 # logits, scores and weights (B, T, E) each, x (B, T, C) -> what selects, (B, T, E)
 Ranking = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def rise_of_root(share: Tensor) -> Tensor:
-    """How much each expert adds to the square root of its token's sum of shares, best first: (..., E)."""
-    ranked, experts = share.sort(dim=-1, descending=True, stable=True)
-    root = ranked.cumsum(-1).sqrt()
-    rise = ranked / (root + F.pad(root[..., :-1], (1, 0)))
-    return torch.zeros_like(share).scatter(-1, experts, rise)
 
 
 def entropy(share: Tensor) -> Tensor:

@@ -564,16 +564,6 @@ def test_selecting_by_probabilities_changes_nothing_and_by_others_no_weight(ask,
     assert torch.equal(by_logits[2].routing[0].scores, plain[2].routing[0].scores)  # of the first layer
 
 
-def test_the_rise_of_the_root_by_hand(scores):
-    """Roots of 7, 12 and 16; of 3, 4 and 4; of 1, 2 and 3."""
-    found = scores.rise_of_root(torch.tensor([[5.0, 7.0, 4.0], [1.0, 0.0, 3.0], [1.0, 1.0, 1.0]]))
-    root = [n**0.5 for n in range(17)]
-    want = [[root[12] - root[7], root[7], 4 - root[12]], [2 - root[3], 0, root[3]]]
-    torch.testing.assert_close(found, torch.tensor([*want, [1, root[2] - 1, root[3] - root[2]]]))
-    share = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    assert torch.equal(scores.rise_of_root(share).argsort(-1), share.argsort(-1))  # of a token's experts
-
-
 @pytest.mark.parametrize("order", ["high loss", "low loss", "high entropy", "random"])
 def test_an_oracle_gives_thirds_of_a_sequence_one_two_and_three_experts(ask, oracle, order):
     """By the losses under TopK; a second reading follows it, and leaves nothing behind."""

@@ -70,7 +70,8 @@ VARIANTS = {
 }
 ROUTINGS = {name: {"router": name} for name in ROUTERS}
 ROUTINGS["unstrict"] = {"router": "online_seqtopk", "strict": False}
-BUDGETED = ("topk", "batchtopk", "seqtopk", "online_seqtopk", "expert_choice")
+BUDGETED = ("topk", "batchtopk", "expert_choice")
+BUDGETED += tuple(f"{how}seqtopk{root}" for how in ("", "online_") for root in ("", "_root"))
 UNBUDGETED = {  # how the reference selects from scores of the whole layer
     "top_p": lambda scores, layer: ref_top_p(scores, 2, 0.7),
     "expert_threshold": lambda scores, layer: ref_expert_threshold(scores, layer.state.cutoff),

@@ -26,6 +26,7 @@ from router import (
     null_experts,
     online_seqtopk,
     prefix_order_statistic,
+    rise_of_root,
     seqtopk,
     top_p,
     topk,
@@ -113,6 +114,8 @@ REFERENCES = {
     "seqtopk": ref_seqtopk,
     "batchtopk": ref_batchtopk,
     "online_seqtopk": ref_online_seqtopk,
+    "seqtopk_root": lambda scores, k, *how, **options: ref_seqtopk(rise_of_root(scores), k, *how, **options),
+    "online_seqtopk_root": lambda scores, k, **how: ref_online_seqtopk(rise_of_root(scores), k, **how),
     "expert_choice": ref_expert_choice,
     "top_p": ref_top_p,
     "expert_threshold": lambda scores, k, state: ref_expert_threshold(scores, state["cutoff"]),
@@ -126,9 +129,21 @@ def ways(name: str, c: Case) -> list[dict]:
         "seqtopk": [c.bounds],
         "batchtopk": [c.bounds],
         "online_seqtopk": [c.bounds | how for how in STRICT],
+        "seqtopk_root": [c.bounds],
+        "online_seqtopk_root": [c.bounds | how for how in STRICT],
         "top_p": [{"mass": MASSES[c.seed]}],
         "expert_threshold": [{"state": {"cutoff": c.scores[0, -1]}}],  # scores of a token: ties with itself
     }.get(name, [{}])
+
+
+def test_the_rise_of_the_root_by_hand():
+    """Roots of 7, 12 and 16; of 3, 4 and 4; of 1, 2 and 3."""
+    found = rise_of_root(torch.tensor([[5.0, 7.0, 4.0], [1.0, 0.0, 3.0], [1.0, 1.0, 1.0]]))
+    root = [n**0.5 for n in range(17)]
+    want = [[root[12] - root[7], root[7], 4 - root[12]], [2 - root[3], 0, root[3]]]
+    torch.testing.assert_close(found, torch.tensor([*want, [1, root[2] - 1, root[3] - root[2]]]))
+    share = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    assert torch.equal(rise_of_root(share).argsort(-1), share.argsort(-1))  # of a token's experts
 
 
 @each_kind
@@ -136,7 +151,8 @@ def ways(name: str, c: Case) -> list[dict]:
 def test_each_router_is_its_definition(name, kind):
     """The mask of a loop that sorts, ties included (for online_seqtopk: the past anew for every token)."""
     for c in cases(kind):
-        scores = c.scores.relu() if name in ("top_p", "remoe") else c.scores
+        positive = name in ("top_p", "remoe") or name.endswith("_root")
+        scores = c.scores.relu() if positive else c.scores
         for how in ways(name, c):
             got, want = ROUTERS[name].select(scores, c.k, **how), REFERENCES[name](scores, c.k, **how)
             assert same(got, want), (c.seed, how)
