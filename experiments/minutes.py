@@ -2,8 +2,7 @@
 
 TopK and its dense twin, which has one MLP as wide as the experts of a token, are trained from scratch. A
 second twin has so many more iterations that it takes as long as TopK. The seconds of an iteration are
-measured here, in turns: have an idle machine then. Losses do not depend on it. --config=config/tiny_long.py
-asks the same of three times as many iterations.
+measured here, in turns: have an idle machine then. Losses do not depend on it.
 """
 
 import io
