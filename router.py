@@ -370,12 +370,15 @@ def rise_of_root(scores: Tensor) -> Tensor:
 
 
 def seqtopk_root(scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None) -> Tensor:
-    """seqtopk by the rise of the root."""
+    """seqtopk by the rise of the root. Raises ValueError for impossible bounds (check_bounds).
+
+    scores (B, T, E), none below 0 -> mask (B, T, E).
+    """
     return seqtopk(rise_of_root(scores), k, min_experts, max_experts)
 
 
 def online_seqtopk_root(scores: Tensor, k: int, **options) -> Tensor:
-    """Its causal form: online_seqtopk, with its options, by the rise of the root."""
+    """Its causal form: online_seqtopk, with its options, by the rise of the root. The same shapes."""
     return online_seqtopk(rise_of_root(scores), k, **options)
 
 
