@@ -78,8 +78,8 @@ def as_graph(function: Callable, **options) -> Callable:
 
 
 REPAID_STEPS = 20_000  # compiling took 26 s and saved 1.7 ms a step: four layers, C=256, two CPU cores
-# Two threads are 18% faster than one (compiled 26%) with steps of 25 MB on an idle machine, and 27 times slower
-# with steps of 3 MB beside two processes that compute: so small steps have one.
+# Two threads are 18% faster than one (compiled 26%) with steps of 25 MB on an idle machine, and 27 times
+# slower with steps of 3 MB beside two processes that compute: so small steps have one.
 ONE_THREAD_BYTES = 50e6
 
 
