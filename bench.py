@@ -493,7 +493,7 @@ def bench_peers(bench: Bench) -> list[dict]:
     """The same model under TopK, as OLMoE, in transformers: training steps, greedy generation.
 
     On a CPU llama.cpp, if it is installed, takes part in the generation.
-    All have the same shape and tokens, fused AdamW and clipping, and one dtype throughout. They take turns,
+    All have the same shape, tokens and dtype; those that train, fused AdamW and clipping. They take turns,
     each in a process of its own, so that each sets the memory allocator for itself. Transformers does without
     the load-balance and z-losses, which ours computes in every step: it leaves them out by default.
     """

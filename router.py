@@ -358,8 +358,8 @@ class ExpertCache:
 def rise_of_root(scores: Tensor) -> Tensor:
     """How much each expert adds to the square root of the sum of its token's scores, best first.
 
-    What a further expert is worth falls with what its token has already. A budget spent by these is one that
-    makes the sum of all tokens' roots largest. Not from a paper; measured in experiments/scores.py.
+    What a further expert is worth falls with what its token has already. A budget spent on the largest rises
+    makes the sum of all tokens' roots as large as it can be. From no paper: experiments/scores.py.
 
     scores (..., E), none below 0 -> (..., E), in the order of the scores.
     """
@@ -378,7 +378,7 @@ def seqtopk_root(scores: Tensor, k: int, min_experts: int = 1, max_experts: int 
 
 
 def online_seqtopk_root(scores: Tensor, k: int, **options) -> Tensor:
-    """Its causal form: online_seqtopk, with its options, by the rise of the root. The same shapes."""
+    """Its causal form: online_seqtopk, and its options, by the rise of the root. Shapes as there."""
     return online_seqtopk(rise_of_root(scores), k, **options)
 
 
