@@ -492,10 +492,10 @@ def cache_rows(bench: Bench, batch_size: int, lengths: list[int], n_expert: int,
 def bench_peers(bench: Bench) -> list[dict]:
     """The same model under TopK, as OLMoE, in transformers: training steps, greedy generation.
 
-    On a CPU llama.cpp, if it is installed, takes part in the generation.
-    All have the same shape, tokens and dtype; those that train, fused AdamW and clipping. They take turns,
-    each in a process of its own, so that each sets the memory allocator for itself. Transformers does without
-    the load-balance and z-losses, which ours computes in every step: it leaves them out by default.
+    On a CPU llama.cpp, if it is installed, takes part in the generation. All have the same shape, tokens and
+    dtype; those that train, fused AdamW and clipping. They take turns, each in a process of its own, so that
+    each sets the memory allocator for itself. Transformers does without the load-balance and z-losses, which
+    ours computes in every step: it leaves them out by default.
     """
     if not importlib.util.find_spec("transformers"):
         print("skipped: transformers is not installed (pip install transformers)")

@@ -60,6 +60,9 @@ def put_on_disk(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def lock(file: IO) -> None:
-    """Lock an open file until it is closed. BlockingIOError: another has it; OSError: no locks here."""
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def lock(file: IO, wait: bool = False) -> None:
+    """Lock an open file until it is closed, or `wait` until that can be done.
+
+    BlockingIOError: another has it, and nobody waits; OSError: no locks here.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

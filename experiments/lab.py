@@ -8,7 +8,6 @@ run is not repeated, a stopped one goes on, questions share their runs, and proc
 question at the same time share the work.
 """
 
-import fcntl
 import hashlib
 import inspect
 import json
@@ -463,7 +462,7 @@ def locked(folder: Path, wait: bool) -> Iterator[IO]:
             if not wait:
                 raise
             tqdm.write(f"waiting for another process that works in {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
         yield file
 
 
@@ -550,8 +549,8 @@ class OpenRun(NamedTuple):
 
         Raises ValueError for a dataset of which only answers are learned.
         """
-        complete, device = self.dataset.val_answers is None, self.model.head.weight.device
-        require(complete, "dataset", self.dataset.folder.name, "one of which all tokens are learned")
+        all_learned(self.dataset)
+        device = self.model.head.weight.device
         parts = []
         for x, y in self.batches:
             logits, _, stats = self.model(x.to(device), router=router)
@@ -567,6 +566,12 @@ class OpenRun(NamedTuple):
         text = x.to(self.model.head.weight.device).split(size)
         found = zip(*(self.model(x, router=router)[2].routing for x in text))
         return [Routing(*map(torch.cat, zip(*layer))) for layer in found]
+
+
+def all_learned(dataset: data.Dataset) -> None:
+    """Raise ValueError for a dataset of which only answers are learned."""
+    complete = dataset.val_answers is None
+    require(complete, "dataset", dataset.folder.name, "one of which all tokens are learned")
 
 
 def loss_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from experiments.lab import Lab, compare, loss_and_entropy, router_arms, run_question, untuned
+from experiments.lab import Lab, all_learned, compare, loss_and_entropy, router_arms, run_question, untuned
 
 import data
 from config import require
@@ -42,9 +42,7 @@ ORDERS = {  # tokens, loss and entropy (B, T) -> (B, T), higher for who gets mor
 def answer(lab: Lab) -> list[dict]:
     k = lab.config.k
     require(k > 1, "k", k, "at least 2, for a third of the tokens to get one less")
-    dataset = data.load(lab.shared.get("dataset", TrainConfig.dataset))
-    complete = dataset.val_answers is None
-    require(complete, "dataset", dataset.folder.name, "one of which all tokens are learned")
+    all_learned(data.load(lab.shared.get("dataset", TrainConfig.dataset)))
     *arms, oracle = router_arms(lab, ["topk", "seqtopk", "online_seqtopk", "allotted"], k)
     for name, order in ORDERS.items():
         arms.append(replace(oracle, name=f"{name}, k={k}", rewire=read_twice(by_thirds(order))))
