@@ -51,8 +51,9 @@ def joined() -> Iterator[None]:
         if "by peer" not in str(error):  # closed, or reset
             raise
         line = f"error: process {rank()} of {world()} ends, because another one has ended"
-        print(line, file=sys.stderr)
-        raise SystemExit(1) from None
+        print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # a usual exit can abort: gloo's threads still wait for the other process
     dist.destroy_process_group()
 
 
