@@ -5,8 +5,9 @@ mean over five tasks goes from 29.74 under TopK to 31.49 under SeqTopK at K = 8,
 K = 2. Here a TopK trunk with K = 8 is cut to K = 8, 4, 2 and 1, without tuning, and tuned under each router.
 The weights' divisor stays that of the trunk. A row is compared to TopK with the same K and, because causal
 routers do not spend all, to TopK at equal spending. At K = 1 SeqTopK is TopK. Untuned, online SeqTopK has the
-"nats" of SeqTopK. softmax_threshold is expert_threshold with the trunk's softmax scores. Two rows are the
-noise of the design: TopK again, its rate changed by a millionth, and with other data.
+"nats" of SeqTopK. seqtopk_root is SeqTopK by the ranking that scores.py has found, and softmax_threshold is
+expert_threshold with the trunk's softmax scores. Two rows are the noise of the design: TopK again, its rate
+changed by a millionth, and with other data.
 
 --config=config/trunk_raw.py has raw softmax weights, as OLMoE has; config/trunk_64.py twice as many experts;
 config/trunk_arithmetic.py answers that are right or wrong, as in the paper's tasks.
@@ -48,8 +49,8 @@ def answer(lab: Lab) -> list[dict]:
 
 def arms_of(lab: Lab, k: int) -> list[Arm]:
     """All routers with k experts per token. Cutoffs are learned under TopK for the first tenth."""
-    routers = ["topk", *(["seqtopk", "online_seqtopk", "batchtopk"] if k > 1 else []), THRESHOLD]
-    *others, threshold = labs.router_arms(lab, routers, k)
+    more = ["seqtopk", "online_seqtopk", "seqtopk_root", "batchtopk"] if k > 1 else []
+    *others, threshold = labs.router_arms(lab, ["topk", *more, THRESHOLD], k)
     first = {"first_router": "topk", "first_iters": max(1, lab.shared["max_iters"] // 10)}
     return [*others, replace(threshold, settings=threshold.settings | first)]
 
