@@ -131,13 +131,14 @@ def to(base, *names):
     return dict.fromkeys(names, base)
 
 
+SEQUENCE = ("seqtopk", "seqtopk_root", "online_seqtopk")
 ROWS = {  # row -> what it is compared to
     "sparsity": {
         **{
             f"{router}, k={k}{how}": f"topk, k={k}{how}"
             for k in (2, 1)
             for how in ("", lab.UNTUNED)
-            for router in ("topk", "seqtopk", "online_seqtopk", "batchtopk", "softmax_threshold")
+            for router in ("topk", "softmax_threshold", "batchtopk", *SEQUENCE)
             if (k > 1 or ("seq" not in router and "batch" not in router)) and not (how and "online" in router)
         },
         **to("topk, k=2", "topk, k=2, again", "topk, k=2, other data"),
