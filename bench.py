@@ -40,7 +40,6 @@ import distributed
 from config import bad_input_exits, require, results
 from config.device import (
     as_graph,
-    decoding_threads,
     give_back_freed_memory,
     keep_freed_memory,
     pick_compiled_decoding,
@@ -354,7 +353,7 @@ def bench_decode(bench: Bench) -> list[dict]:
 
     Eager and compiled. "of bandwidth": the bytes that a step of online SeqTopK must read (the "MB" of weights
     and of the cached context), over its time, as a share of what a plain copy of 256 MB reads and writes a
-    second. With small steps a CPU has one thread (config/device.py).
+    second.
     """
     rows, given, can_compile = [], bench.config, pick_compiled_decoding(bench.config.compile, 10**9)[0]
     contexts = [given.tokens] if given.tokens else [256, 512, 1024, 2048, 4096][:: 1 if bench.gpu else 2]
@@ -366,8 +365,7 @@ def bench_decode(bench: Bench) -> list[dict]:
         for batch_size, context, compile in product(batch_sizes, fitting, (False, True)[: 1 + can_compile]):
             how = "compiled" if compile else "eager"
             row = {"what": f"{shape}, batch {batch_size}, context {context}, {how}"}
-            with decoding_threads(bench.device, model.step_bytes()):
-                rows.append(row | decode_row(bench, model, batch_size, context, compile) | promise)
+            rows.append(row | decode_row(bench, model, batch_size, context, compile) | promise)
             if compile:
                 torch.compiler.reset()
     olmoe = Cache(OLMOE, 1, 4096, "online_seqtopk", "meta", torch.bfloat16)
@@ -568,8 +566,7 @@ def our_works(bench: Bench, shape: MoEConfig, text: Tensor) -> dict[str, Callabl
     n = text.shape[1] // 2
 
     def write(compile: bool) -> None:
-        with decoding_threads(bench.device, model.step_bytes()):
-            list(model.generate(text[:1, :n], n, temperature=0, compile=compile))
+        list(model.generate(text[:1, :n], n, temperature=0, compile=compile))
 
     generation = {"generation": partial(write, False), "compiled generation": partial(write, True)}
     return {"training": partial(step, "topk"), **generation}

@@ -446,12 +446,13 @@ def run_on_cpu(x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Ten
     loop over the pairs reads just theirs, and does without sorting. torch.compile takes it as it is, as one
     operation: so a compiled step has static shapes and still computes no pair too many.
     """
-    if mask.sum() > mask.shape[1]:
+    pairs = mask.nonzero()
+    if len(pairs) > mask.shape[1]:
         return run_experts(x, mask, weight, w_in, w_out, None)
     y = torch.zeros_like(x, dtype=torch.float32)
-    for s, e in mask.nonzero().tolist():
-        h = swiglu(x[s : s + 1] @ w_in[e]) * weight[s, e]  # (1, H)
-        y[s] += (h.to(x.dtype) @ w_out[e])[0]
+    for (s, e), factor in zip(pairs.tolist(), weight[mask].tolist(), strict=True):
+        h = swiglu(x[s : s + 1] @ w_in[e])  # (1, H)
+        y[s : s + 1].add_(h @ w_out[e], alpha=factor)
     return y
 
 
@@ -865,12 +866,6 @@ class MoEGPT(nn.Module):
         experts = sum(layer.w_in.numel() + layer.w_out.numel() for layer in self.expert_layers())
         return total, total - experts * (self.config.n_expert - self.config.k) // self.config.n_expert
 
-    def step_bytes(self) -> int:
-        """Bytes of weights that a decoding step of one sequence reads: all of an average token's but the
-        embedding, of which it reads one row."""
-        table = 0 if self.config.tie_embeddings else self.embedding.weight.numel()
-        return (self.n_params()[1] - table) * self.head.weight.element_size()
-
     def flops_per_token(self, tokens: int) -> int:
         """Floating-point operations of one training step, per token of a sequence of `tokens`.
 
@@ -968,7 +963,8 @@ class MoEGPT(nn.Module):
 def compiled_step(gpu: bool) -> Callable:
     """MoEGPT._step by torch.compile: one graph for each size of its inputs and bucket of its cache; on a GPU
     a CUDA graph. What it returns is the caller's to keep."""
-    step = as_graph(MoEGPT._step, fullgraph=True, dynamic=False, mode="reduce-overhead" if gpu else None)
+    overhead = {"mode": "reduce-overhead"} if gpu else {"options": {"cpp_wrapper": True}}  # a tenth of a step
+    step = as_graph(MoEGPT._step, fullgraph=True, dynamic=False, **overhead)
 
     def run(model: MoEGPT, idx: Tensor, cache: Cache, active: Tensor | None) -> list[Tensor]:
         torch.compiler.cudagraph_mark_step_begin()  # whose next step writes over what this one returned

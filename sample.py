@@ -118,7 +118,7 @@ def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
     print(*about, sep="\n")
     if config.show_experts:
         print("experts per token:", *(paint(text, colour) for text, colour in legend(model.config.k)))
-    with decoding_threads(device, model.step_bytes()) as threads:
+    with decoding_threads(device) as threads:
         samples = write_samples(model, cache, prompt, tokenizer, config, compile)
     texts = [token_rows(sample.chunks, model.head, tokenizer) for sample in samples] if html or svg else []
     if html:

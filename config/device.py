@@ -4,8 +4,10 @@ import ctypes
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -78,9 +80,7 @@ def as_graph(function: Callable, **options) -> Callable:
 
 
 REPAID_STEPS = 20_000  # compiling took 26 s and saved 1.7 ms a step: four layers, C=256, two CPU cores
-# Two threads are 18% faster than one (compiled 26%) with steps of 25 MB on an idle machine, and 27 times
-# slower with steps of 3 MB beside two processes that compute: so small steps have one.
-ONE_THREAD_BYTES = 50e6
+LOAD = Path("/proc/loadavg")
 
 
 def pick_compiled_decoding(name: str, steps: int) -> tuple[bool, str]:
@@ -101,18 +101,33 @@ def pick_compiled_decoding(name: str, steps: int) -> tuple[bool, str]:
 
 
 @contextmanager
-def decoding_threads(device: torch.device, step_bytes: int) -> Iterator[int]:
-    """As many CPU threads as suit a step that reads so many bytes: one below ONE_THREAD_BYTES, else all.
+def decoding_threads(device: torch.device) -> Iterator[int]:
+    """As many CPU threads as there are cores that nothing else uses now, at least one.
 
-    Little work ends sooner than a thread that another process keeps waiting.
+    A step has a hundred products, and each waits for its last thread. So beside one process that computes,
+    two threads of two cores take 20 to 46 times as long as one (experiments/README.md).
     """
     all_threads = torch.get_num_threads()
-    n = 1 if device.type == "cpu" and step_bytes < ONE_THREAD_BYTES else all_threads
+    n = max(1, min(all_threads, free_cores())) if device.type == "cpu" else all_threads
     torch.set_num_threads(n)
     try:
         yield n
     finally:
         torch.set_num_threads(all_threads)
+
+
+def free_cores() -> int:
+    """Cores on which nothing but this thread runs, or all where the system is not Linux, which tells."""
+    running = [1]
+    if LOAD.is_file():
+        running = [read_running() for _ in range(5)]
+    return os.cpu_count() + 1 - min(running)  # what runs for a moment only does not count
+
+
+def read_running() -> int:
+    """Threads of the whole system that run, this one included, or wait for a core."""
+    time.sleep(0.01)
+    return int(LOAD.read_text().split()[3].split("/")[0])
 
 
 def keep_freed_memory() -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from config import bad_input_exits, help_text, parse
-from config.device import pick_compile
+from config import device as devices
+from config.device import decoding_threads, pick_compile
 
 ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
@@ -300,6 +301,24 @@ def test_a_closed_pipe_is_no_error(script):
 def test_compile_is_written_as_switches_are(text):
     """In any case."""
     assert pick_compile(text, torch.device("cpu"), torch.float32) == (False, "as asked")
+
+
+@pytest.mark.parametrize("running, threads", [("1", 3), ("2", 3), ("3", 2), ("9", 1), ("0", 3), (None, 3)])
+def test_decoding_leaves_the_cores_that_others_use(running, threads, monkeypatch, tmp_path):
+    """Of four cores and three threads. This thread runs, too; None: the system does not tell."""
+    load = tmp_path / "loadavg"
+    if running:
+        load.write_text(f"2.50 1.25 0.80 {running}/345 6789\n")
+    monkeypatch.setattr(devices, "LOAD", load)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with decoding_threads(torch.device("cpu")) as found:
+            assert found == torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_a_file_says_does_not_steer_the_terminal(capsys):
