@@ -34,7 +34,8 @@ import numpy as np
 
 # Before torch is loaded: how long its threads on a CPU spin before they sleep. By default so long that a step
 # takes thirty times as long beside another process that computes; with this, four times (experiments/README).
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from torch import Tensor
