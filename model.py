@@ -442,7 +442,7 @@ def run_experts(
 def run_on_cpu(x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """`run_experts` without gradients on a CPU, where the pairs can be counted without waiting.
 
-    Where they are fewer than the experts, as in a step of decoding, reading the weights is all the work: a
+    Where they are no more than the experts, as in a step of decoding, reading the weights is all the work: a
     loop over the pairs reads just theirs, and does without sorting. torch.compile takes it as it is, as one
     operation: so a compiled step has static shapes and still computes no pair too many.
     """
@@ -451,8 +451,8 @@ def run_on_cpu(x: Tensor, mask: Tensor, weight: Tensor, w_in: Tensor, w_out: Ten
         return run_experts(x, mask, weight, w_in, w_out, None)
     y = torch.zeros_like(x, dtype=torch.float32)
     for (s, e), factor in zip(pairs.tolist(), weight[mask].tolist(), strict=True):
-        h = swiglu(x[s : s + 1] @ w_in[e])  # (1, H)
-        y[s : s + 1].add_(h @ w_out[e], alpha=factor)
+        h = swiglu(x[s : s + 1] @ w_in[e]) * factor  # (1, H)
+        y[s : s + 1] += h @ w_out[e]
     return y
 
 

@@ -225,8 +225,8 @@ class ExpertCache:
     Only `make_room` counts tokens on the host. `route` with one token has static shapes and writes in place,
     so that one graph serves all steps.
 
-    Measured (bench.py cache, two CPU cores): with 1,024 past tokens a step is 22 (batch 1) to 107 times
-    (batch 16) cheaper than ranking them anew; with 4,096 it costs 1.02 to 1.21 times as much as with 128.
+    Measured (bench.py cache, two CPU cores): with 1,024 past tokens a step is 16 (batch 1) to 70 times
+    (batch 16) cheaper than ranking them anew; with 4,096 it costs 1.01 to 1.23 times as much as with 128.
     """
 
     RECENT = 64  # 16 and 32 are no faster at batch 1, and slower at batch 16

@@ -79,7 +79,7 @@ def as_graph(function: Callable, **options) -> Callable:
     return torch.compile(function, **options)
 
 
-REPAID_STEPS = 20_000  # compiling took 18 to 26 s and saved 1.6 ms a step: four layers, C=256, a CPU
+REPAID_STEPS = 20_000  # compiling took 18 to 26 s and saved 1.6 to 2.7 ms a step: four layers, C=256, a CPU
 LOAD = Path("/proc/loadavg")
 
 
@@ -102,10 +102,10 @@ def pick_compiled_decoding(name: str, steps: int) -> tuple[bool, str]:
 
 @contextmanager
 def decoding_threads(device: torch.device) -> Iterator[int]:
-    """As many CPU threads as there are cores that nothing else uses now, at least one.
+    """As many CPU threads as cores that nothing else uses now: at least one, at most all of torch's.
 
-    A step has a hundred products, and each waits for its last thread. So beside one process that computes,
-    two threads of two cores take 20 to 46 times as long as one (experiments/README.md).
+    A step has some hundred products, and each waits for its last thread. So beside one process that computes,
+    two threads of two cores take 19 to 46 times as long as one (experiments/README.md).
     """
     all_threads = torch.get_num_threads()
     n = max(1, min(all_threads, free_cores())) if device.type == "cpu" else all_threads
@@ -117,16 +117,17 @@ def decoding_threads(device: torch.device) -> Iterator[int]:
 
 
 def free_cores() -> int:
-    """Cores on which nothing but this thread runs, or all where the system is not Linux, which tells."""
-    running = [1]
-    if LOAD.is_file():
-        running = [read_running() for _ in range(5)]
-    return os.cpu_count() + 1 - min(running)  # what runs for a moment only does not count
+    """Cores of the machine on which nothing but this thread runs now; all, where the system does not tell."""
+    try:
+        others = min(read_running() for _ in range(5)) - 1  # what runs for a moment only does not count
+    except (OSError, ValueError, IndexError):  # not Linux, or not readable
+        others = 0
+    return (os.cpu_count() or 1) - others
 
 
 def read_running() -> int:
-    """Threads of the whole system that run, this one included, or wait for a core."""
-    time.sleep(0.01)
+    """Threads of the whole machine that run, this one included, or wait for a core."""
+    time.sleep(0.06)  # our own other threads may spin for up to 0.2 s before they sleep
     return int(LOAD.read_text().split()[3].split("/")[0])
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -303,14 +304,19 @@ def test_compile_is_written_as_switches_are(text):
     assert pick_compile(text, torch.device("cpu"), torch.float32) == (False, "as asked")
 
 
-@pytest.mark.parametrize("running, threads", [("1", 3), ("2", 3), ("3", 2), ("9", 1), ("0", 3), (None, 3)])
-def test_decoding_leaves_the_cores_that_others_use(running, threads, monkeypatch, tmp_path):
-    """Of four cores and three threads. This thread runs, too; None: the system does not tell."""
+LOADS = {f"2.5 1.2 0.8 {running}/345 6789\n": n for running, n in ((0, 3), (1, 3), (2, 3), (3, 2), (9, 1))}
+LOADS |= dict.fromkeys((None, "", "a b c d e"), 3)
+
+
+@pytest.mark.parametrize("text, threads", LOADS.items())
+def test_decoding_leaves_the_cores_that_others_use(text, threads, monkeypatch, tmp_path):
+    """Of four cores and three threads. This thread runs, too; all where the system does not tell (None)."""
     load = tmp_path / "loadavg"
-    if running:
-        load.write_text(f"2.50 1.25 0.80 {running}/345 6789\n")
+    if text is not None:
+        load.write_text(text)
     monkeypatch.setattr(devices, "LOAD", load)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
