@@ -107,8 +107,9 @@ def decoding_threads(device: torch.device) -> Iterator[int]:
     A step has some hundred products, and each waits for its last thread. So beside one process that computes,
     two threads of two cores take 19 to 46 times as long as one (experiments/README.md).
     """
-    all_threads = torch.get_num_threads()
-    n = max(1, min(all_threads, free_cores())) if device.type == "cpu" else all_threads
+    n = all_threads = torch.get_num_threads()
+    if device.type == "cpu" and all_threads > 1:
+        n = max(1, min(all_threads, free_cores()))
     torch.set_num_threads(n)
     try:
         yield n
