@@ -62,7 +62,7 @@ COLUMNS = {
     "nats": "loss of the validation text under the rule that decodes (unless said), as a user would get it",
     "bits/byte": "the same in bits per byte of the text",
     "as trained": "the loss under the arm's own router, which may see the future",
-    "leak": "nats less as trained: what seeing the future gains, and spending all of the budget",
+    "gap": "nats less as trained: what the arm's own router gains by seeing the future and spending all",
     "experts per token": "mean over tokens and layers",
     "load entropy": "of the experts' shares of the pairs (1: uniform)",
     "load variance": "of share * E (0: uniform)",
@@ -537,7 +537,7 @@ class OpenRun(NamedTuple):
         router, causal = self.model.config.router, self.evaluate()
         as_trained = causal if router == self.decode else self.evaluate(router)
         found = {"nats": causal["loss"], "bits/byte": causal["bpb"], "as trained": as_trained["loss"]}
-        found["leak"] = causal["loss"] - as_trained["loss"]
+        found["gap"] = causal["loss"] - as_trained["loss"]
         if "experts" in causal:
             found |= {"experts per token": causal["experts"][0], "load entropy": causal["entropy"]}
             found |= {"load variance": causal["variance"], "dead": causal["dead"]}
