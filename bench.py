@@ -2,7 +2,7 @@
 
     python bench.py                                      every part, in minutes
     python bench.py decode --shape=heavy --batch_size=1  one part; --help lists the parts and the keys
-    python bench.py --json=experiments/results/laptop.json --plot=laptop.png
+    python bench.py --json=experiments/results/laptop.json
     python bench.py table                                the table of README.md, from experiments/results
     torchrun --standalone --nproc_per_node=8 bench.py train   several GPUs, and what they lose by waiting
 
@@ -79,13 +79,7 @@ class BenchOptions(results.Options):
     n_expert: int | None = None  # experts per layer
     k: int | None = None  # experts per token on average
     effort: float = 1.0  # 2 measures twice as long, 0 for five rounds
-    plot: str | None = None  # file to draw the ratios to; needs matplotlib
     compile: str = "auto"  # torch.compile in layer, train, decode and peers: auto, true or false
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.plot:
-            results.require_matplotlib("plot")
 
 
 class Bench(results.Machine):
@@ -675,8 +669,6 @@ def main(argv: list[str]) -> None:
     with distributed.first_before_others():
         config = BenchOptions.read(argv[len(named) :], f"{__doc__}\n{firsts}")
     report = results.measure(Bench.of(config), {name: (texts[name], PARTS[name]) for name in named or PARTS})
-    if config.plot and distributed.rank() == 0:
-        results.draw(report, config.plot)
     results.finish(report, None if distributed.rank() else config.json)
 
 

@@ -89,7 +89,7 @@ class MoEConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("vocab_size", "shared_hidden", "n_dense_layer", "n_null"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        require(self.router in ROUTERS, "router", self.router, known_routers(self.router))
+        require(self.router in ROUTERS, "router", self.router, known_routers())
         check_row(self.router, vars(self))
         choices = {"score_fn": SCORES, "qk_norm": ("none", "head", "full")}
         for name, allowed in choices.items():
@@ -108,7 +108,7 @@ class MoEConfig:
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
         require(0 < self.mass <= 1, "mass", self.mass, "above 0 and at most 1")
         best = f"from 0 to n_expert = {self.n_expert}, or none"
-        require(0 <= self.best <= self.n_expert, "norm_best", self.norm_best, best)
+        require(0 <= self.n_best <= self.n_expert, "norm_best", self.norm_best, best)
         check_router(self, self.router)
 
     @property
@@ -120,7 +120,7 @@ class MoEConfig:
         return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     @property
-    def best(self) -> int:
+    def n_best(self) -> int:
         """Over how many of a token's best scores its weights sum to 1."""
         return self.k if self.norm_best is None else self.norm_best
 
@@ -147,13 +147,9 @@ class MoEConfig:
         return {name: getattr(self, name) for name in row.options if name != "state"}
 
 
-MOVED = dict.fromkeys(("seqtopk_discount", "online_seqtopk_discount"), "experiments/discount.py")
-
-
-def known_routers(name: str) -> str:
-    """What a message says of the routers that there are, when `name` is none of them."""
-    file = MOVED.get(name, "FILE.py")
-    return f"one of {', '.join(ROUTERS)}, or defined in a file that is given too: python SCRIPT.py {file}"
+def known_routers() -> str:
+    """What a message says of the routers that there are."""
+    return f"one of {', '.join(ROUTERS)}, or defined in a file that is given too: python SCRIPT.py FILE.py"
 
 
 def check_router(config: MoEConfig, name: str) -> None:
@@ -241,7 +237,7 @@ class Cache:
         ]
         self.active = torch.empty(batch_size, max_tokens, dtype=torch.bool, device=device)  # is a token real?
         self.n_fed = torch.empty(1, dtype=torch.int64, device=device)  # tokens, as `pos` on the host
-        self.n_real = torch.empty(batch_size, 1, dtype=torch.int64, device=device)  # of them, without padding
+        self.n_active = torch.empty(batch_size, 1, dtype=torch.int64, device=device)  # of them, no padding
         self.reset()
 
     def reset(self) -> None:
@@ -250,7 +246,7 @@ class Cache:
         self.padded = False  # some token may not be active
         self.active.fill_(True)
         self.n_fed.zero_()
-        self.n_real.zero_()
+        self.n_active.zero_()
         for cache in filter(None, self.expert_caches):
             cache.reset()
 
@@ -271,12 +267,12 @@ class Cache:
         -> Context.place, their positions in the text (B, T), Context.visible.
         """
         place = self.n_fed + torch.arange(T, device=self.n_fed.device)
-        real = torch.ones_like(self.active[:, :1]).expand(-1, T) if active is None else active
-        position = (self.n_real + real.cumsum(-1) - 1).clamp(min=0)
+        active = torch.ones_like(self.active[:, :1]).expand(-1, T) if active is None else active
+        position = (self.n_active + active.cumsum(-1) - 1).clamp(min=0)
         self.n_fed += T
-        self.n_real += real.sum(-1, keepdim=True)
+        self.n_active += active.sum(-1, keepdim=True)
         if self.padded:
-            self.active.index_copy_(1, place, real)
+            self.active.index_copy_(1, place, active)
         elif self.fresh:
             return place, position, None
         query, key = place.unsqueeze(1), torch.arange(self.bucket, device=place.device)
@@ -523,8 +519,8 @@ class MoE(nn.Module):
         weight = scores[..., : self.config.n_expert]  # (B, T, E)
         if self.config.norm_topk:
             divisor = (weight * mask[..., : self.config.n_expert]).sum(-1, keepdim=True)
-        elif self.config.best:
-            divisor = weight.topk(self.config.best, dim=-1).values.sum(-1, keepdim=True)
+        elif self.config.n_best:
+            divisor = weight.topk(self.config.n_best, dim=-1).values.sum(-1, keepdim=True)
         else:
             return weight
         return weight / divisor.clamp(min=1e-9)
@@ -706,12 +702,9 @@ class MoEGPT(nn.Module):
         stats = self._collect(routings, idx)
         if targets is None:
             return self.head(x).float(), None, stats
-        return None, self._cross_entropy(x.flatten(0, 1), targets.flatten()), stats
-
-    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """x (S, C), targets (S,) -> mean in nats over the targets that count."""
-        learns = torch.is_grad_enabled()
-        return CrossEntropy.apply(x, self.head.weight, targets, learns) / (targets >= 0).sum()
+        learns = torch.is_grad_enabled()  # within the function it never is
+        total = CrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), learns)
+        return None, total / (targets >= 0).sum(), stats
 
     def _trunk(
         self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None
@@ -747,9 +740,11 @@ class MoEGPT(nn.Module):
             zero = torch.zeros((), device=idx.device)
             load = idx.new_zeros(0, self.config.n_expert)
             return Stats(zero, zero, load, idx.new_zeros(0, *idx.shape), [])
-        balance = torch.stack([load_balance_loss(layer.scores, layer.mask) for layer in routings])
-        z = torch.stack([z_loss(layer.logits) for layer in routings])
-        real = torch.stack([layer.mask[..., : self.config.n_expert] for layer in routings])  # (L, B, T, E)
+        balance = torch.stack([load_balance_loss(routing.scores, routing.mask) for routing in routings])
+        z = torch.stack([z_loss(routing.logits) for routing in routings])
+        real = torch.stack([routing.mask for routing in routings])[
+            ..., : self.config.n_expert
+        ]  # (L, B, T, E)
         return Stats(balance.mean(), z.mean(), real.sum((1, 2)), real.sum(-1), routings)
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None, router: str | None = None) -> Cache:
@@ -759,7 +754,7 @@ class MoEGPT(nn.Module):
         was trained under it. Raises ValueError for any other.
         """
         router = router or ROUTERS[self.config.router].decode
-        require(router in ROUTERS, "router", router, known_routers(router))
+        require(router in ROUTERS, "router", router, known_routers())
         causal = [name for name, row in ROUTERS.items() if row.causal]
         require(router in causal, "router", router, f"causal to decode: {', '.join(causal)}")
         check_router(self.config, router)
@@ -949,7 +944,7 @@ class MoEGPT(nn.Module):
         ValueError if the folder exists, and for an architecture that none of hugging_face.FAMILIES has.
         """
         config, weights = self.config, dict(self.named_parameters())
-        if config.norm_topk or config.best == config.k:  # under topk the same
+        if config.norm_topk or config.n_best == config.k:  # under topk the same
             config = replace(config, norm_topk=True, norm_best=0)
         model_type = hugging_face.family_of(asdict(config), asdict(MoEConfig()), routing_settings())
         biased = any(layer.bias.any() for layer in self.expert_layers())

@@ -1,4 +1,5 @@
-"""Optimisers that torch lacks: Muon, and AdamW for bfloat16 weights that are rounded at random.
+"""Muon for stacks of matrices (torch.optim.Muon takes single ones), and AdamW for bfloat16 weights that are
+rounded at random.
 
 The random numbers of a step are a function of `seed` and the step: there is no random state to keep.
 """

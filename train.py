@@ -150,7 +150,7 @@ class TrainConfig(MoEConfig):
         if not self.first_iters:
             require(first is None, "first_iters", 0, f"at least 1 for first_router = {first}")
             return
-        require(first in ROUTERS, "first_router", first, known_routers(first))
+        require(first in ROUTERS, "first_router", first, known_routers())
         check_router(self, first)
         learns, own = ROUTERS[first].state, ROUTERS[self.router].state
         require(learns in (None, own), "first_router", first, "one without a state, or with the router's own")
@@ -240,7 +240,7 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
     padded = checkpoint and config.vocab_size > tokenizer.vocab_size  # pretrained embeddings often are
     right = padded or config.vocab_size in (0, tokenizer.vocab_size)
     require(right, "vocab_size", config.vocab_size, f"0 or the data's {tokenizer.vocab_size}")
-    config = replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size, norm_best=config.best)
+    config = replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size, norm_best=config.n_best)
     dataset.train_batch(0, 1, config.block_size, config.seed)  # raises if the text is too short
     dataset.val_batches(config.block_size, 1, 1)
     return config, dataset

@@ -55,8 +55,8 @@ class Options:
         if "--help" in argv or "-h" in argv:
             print(about + "\n")
         options = cls(**parse(argv, cls)[0])
-        for name in filter(None, (options.json, getattr(options, "plot", None))):
-            check_writable(Path(name))
+        if options.json:
+            check_writable(Path(options.json))
         return options
 
 
@@ -230,16 +230,6 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
 
 
-def require_matplotlib(name: str) -> None:
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError(f"{name} needs matplotlib, which is not installed: pip install matplotlib")
-
-
-def rows_of(report: dict) -> list[tuple[str, dict]]:
-    """All rows of a report, each with the name of its part."""
-    return [(part, row) for part, rows in report["parts"].items() for row in rows]
-
-
 def is_ratio(key: str) -> bool:
     return key.startswith(("time/", "speed/", "bytes/"))
 
@@ -253,7 +243,8 @@ def readme_table(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         report = read_report(path)
         machine = f"{path.stem} ({report['machine']}, {report['dtype']})"
-        for part, row in rows_of(report):
+        rows = [(part, row) for part, found in report["parts"].items() for row in found]
+        for part, row in rows:
             key = next(filter(is_ratio, row), None)
             if key and (row.get("aim") or row.get("paper")):
                 line = (f"`{part}`", row["what"], key, cell(row.get("aim")), cell(row.get("paper")))
@@ -263,24 +254,3 @@ def readme_table(folder: Path) -> str:
     head = ["`python bench.py`", "of what", "ratio", "aim", "paper", *machines]
     body = [[*line, *(found.get(machine, "-") for machine in machines)] for line, found in table.items()]
     return markdown([head, *body])
-
-
-def draw(report: dict, path: str) -> None:
-    """The ratios with their quartiles, one line each."""
-    from matplotlib.figure import Figure
-
-    ratios = {
-        f"{part}: {row['what']}: {key}": value
-        for part, row in rows_of(report)
-        for key, value in row.items()
-        if is_ratio(key) and isinstance(value, list)
-    }
-    figure = Figure(figsize=(11, 1 + 0.2 * len(ratios)), layout="constrained")
-    axes = figure.add_subplot(title=f"{report['machine']}, {report['dtype']}", xscale="log")
-    for height, (middle, low, high) in enumerate(ratios.values()):
-        axes.plot([low, high], [-height, -height], color="tab:blue")
-        axes.plot(middle, -height, "o", color="tab:blue", markersize=4)
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_yticks(range(0, -len(ratios), -1), list(ratios), fontsize=7)
-    with whole(Path(path)) as new:
-        figure.savefig(new)

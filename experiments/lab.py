@@ -42,6 +42,7 @@ from router import ROUTERS, Routing
 
 RUNS = Path("out/experiments")
 CODE = ["experiments/lab.py", "experiments/solve.py", "train.py", "model.py", "router.py"]  # of the figures
+SOURCE = b"".join((results.HOME / name).read_bytes() for name in CODE)  # as loaded: it may change later
 QUICK = 10  # --quick divides by it the judged tokens and these settings
 QUICKENED = ("max_iters", "warmup_iters", "lr_decay_iters", "first_iters", "eval_interval", "eval_windows")
 JUDGED_TOKENS = 2**17  # of the validation text, by which trained models are compared
@@ -358,7 +359,8 @@ def share_out(count: int, work: Callable[[int, bool], object]) -> Iterator[tuple
 def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wait: bool) -> list[Judged]:
     """Train a run if need be, and judge it; [] if it is missing, which a line says.
 
-    What is judged is kept with the run, under a name that changes with all that it depends on.
+    What is judged is kept with the run, under a name that changes with the settings and with the code: CODE,
+    and the files of the judge, the rewiring and the router.
     """
     if not train_run(lab, arm, start, wait):
         name = f"{arm.name}, {named(start)}"
@@ -366,9 +368,9 @@ def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wai
         lab.missing.extend({name}.difference(lab.missing))
         return []
     folder, config = run_folder(lab.config, arm, start), lab.config
-    own = (Path(inspect.getfile(function)) for function in (judge, arm.rewire) if function)
-    code = [*(results.HOME / name for name in CODE), *own]
-    sha = hashlib.sha256(b"".join(path.read_bytes() for path in code))
+    functions = filter(None, (judge, arm.rewire, ROUTERS[arm.settings["router"]].select))
+    own = sorted({inspect.getfile(function) for function in functions})
+    sha = hashlib.sha256(SOURCE + b"".join(Path(name).read_bytes() for name in own))
     part = arm.tuned or lab.branches
     depends = [arm.name, arm.base, sorted(arm.settings.items()), part, start, opening]
     sha.update(repr([*depends, config.quick, config.seed, str(lab.device), lab.dtype]).encode())

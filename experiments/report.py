@@ -4,6 +4,7 @@ python experiments/report.py table [FILE ...]   all rows of these files (none: o
 python experiments/report.py figures            the figures of README.md, from results/*.json
 """
 
+import importlib.util
 import itertools
 import re
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 from experiments.lab import mean_and_error
 
 from config import bad_input_exits, require
-from config.results import RESULTS, lines_of, markdown, read_report, require_matplotlib
+from config.results import RESULTS, lines_of, markdown, read_report
 
 if TYPE_CHECKING:  # figures only, which are all that need it, import matplotlib
     from matplotlib.axes import Axes
@@ -51,7 +52,8 @@ def rows_table(rows: list[dict]) -> str:
 
 def save_figures(folder: Path) -> Iterator[str]:
     """Draw FIGURES into `folder` from the results there. A line for each says what it was drawn from."""
-    require_matplotlib("figures")
+    there = importlib.util.find_spec("matplotlib") is not None
+    require(there, "matplotlib", "not installed", "there for figures: pip install matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -62,11 +62,13 @@ def select_by(ranking: Ranking) -> Callable[[MoEGPT], None]:
 def forward(
     layer: MoE, ranking: Ranking, x: Tensor, context: Context, cache: ExpertCache | None
 ) -> tuple[Tensor, Routing]:
-    """As MoE.forward, for layers without a shared expert."""
+    """As MoE.forward, but it selects by the ranking."""
     logits, scores = layer.score(x)
-    weight = layer.weigh(scores, torch.ones_like(scores, dtype=torch.bool))  # which depends on no choice
+    weight = layer.weigh(scores, torch.ones_like(scores, dtype=torch.bool))
     mask = layer.select(ranking(logits, scores, weight, x).detach(), context, cache)
-    return layer.dispatch(x, mask, layer.weigh(scores, mask), context), Routing(logits, scores, mask)
+    y = layer.dispatch(x, mask, layer.weigh(scores, mask), context)
+    y = y if layer.shared is None else y + layer.share(x)
+    return y, Routing(logits, scores, mask)
 
 
 if __name__ == "__main__":

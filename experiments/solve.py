@@ -140,7 +140,7 @@ def score(what: str, solved: list[Solved]) -> dict:
     """The row of a task."""
     right, experts = zip(*solved)
     row = {"what": what, "problems": len(right), "exact match": wilson(sum(right), len(right))}
-    return row | {"experts per token": mean(experts)}
+    return row | ({} if math.isnan(mean(experts)) else {"experts per token": mean(experts)})
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> list[float]:

@@ -1,6 +1,5 @@
 """bench.py: every part runs at toy sizes and gives the promised figures; the statistics are right."""
 
-import importlib.util
 import json
 import os
 
@@ -237,13 +236,3 @@ def test_results_are_not_replaced_by_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "PARTS", {"none": part_of([])})
     assert "old.json is left as it was" in run("none", f"--json={old}")[1]
     assert old.read_text() == "mine" and not new.exists()
-
-
-def test_plot_needs_matplotlib_or_draws(run, tmp_path, monkeypatch):
-    path = tmp_path / "ratios.png"
-    if importlib.util.find_spec("matplotlib"):
-        run("cache", *TOY, f"--plot={path}")
-        assert path.stat().st_size > 1000
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install matplotlib"):
-        bench.main(["cache", f"--plot={path}"])

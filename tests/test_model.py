@@ -906,7 +906,6 @@ NEEDS_RAW = "router {} needs norm_best=0, but norm_best is None: give --norm_bes
 AT_LEAST_1 = "n_layer n_head n_embd n_expert n_hidden head_width dense_hidden n_kv_head".split()
 AT_LEAST_0 = "shared_hidden n_dense_layer vocab_size n_null".split()
 NULLS = {"router": "null_experts", "norm_topk": True}
-DISCOUNT = {"config": {"router": "seqtopk_discount"}, "model": {}}
 SETTINGS_REFUSED = [
     *(({name: 0}, f"{name} is 0, .* at least 1.*") for name in AT_LEAST_1),
     *(({name: -1}, f"{name} is -1, .* at least 0") for name in AT_LEAST_0),
@@ -962,7 +961,6 @@ CALLS_REFUSED = [
     (lambda model: model.new_cache(1, max_tokens=1), "max_tokens is 1, .* at least 2"),
     (lambda model: next(model.generate(tokens(1, 0), 1)), ".* prompt is 0, .* at least 1"),
     (lambda model: MoEGPT(MoEConfig()), "vocab_size is 0, .* at least 1"),
-    (lambda model: MoEGPT.from_checkpoint(DISCOUNT), "router is .* file .* experiments/discount.py"),
     *((under(name), f"router is {name}, .* topk, online_seqtopk.*") for name in NOT_CAUSAL),
     *((under(name), message) for name, message in NEEDS.items()),
     (

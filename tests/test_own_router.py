@@ -19,7 +19,7 @@ from runs import (
 
 import sample
 import train
-from router import ROUTERS, Router, seqtopk, topk
+from router import ROUTERS, Router, online_seqtopk, seqtopk, topk
 
 FILES = {
     "relative": """
@@ -175,6 +175,7 @@ WRONG = {
         ROW._replace(select=seqtopk),
         "causal of router relative is True, .* come later",
     ),
+    "remembers": (ROW._replace(select=online_seqtopk), "cache of router relative is None, .* ExpertCache"),
     "shape": (ROW._replace(select=lambda s, k: s[:1] > 0), "returns is torch.bool .1, 16, 4., .* .2, 16, 4"),
     "dtype": (ROW._replace(select=lambda s, k: s), "what router relative returns is torch.float32"),
     "no tensor": (ROW._replace(select=lambda s, k: None), "what router relative returns is NoneType"),

@@ -542,7 +542,7 @@ def refusals():
     for n in 1, 3, 5:
         yield null_experts, {"k": 2, "n_null": n}, rf"n_null is {n}\b.*multiple of {16 - n}\b"
     for B, T in (0, 9), (2, 0):
-        message = f"batch_size is {B} and max_tokens {T}, but .* at least 1"
+        message = f"{'max_tokens' if B else 'batch_size'} is 0, .* at least 1"
         yield lambda scores, B, T: ExpertCache(B, T, 2, 16), {"B": B, "T": T}, message
 
 
