@@ -83,7 +83,7 @@ class Options(results.Options):
     """What is trained."""
 
     config: str = "config/trunk.py"  # settings of train.py that all runs share
-    seeds: int | None = None  # trunks, or runs from scratch, from `seed` on (none: 2 and 3, quick 1 and 2)
+    seeds: int | None = None  # trunks, or runs from scratch, from `seed` on (none: 2 and 3, quick 1)
     quick: bool = False  # a tenth of iterations and of judged text, for a look in minutes
     budget: float | None = None  # minutes after which no training begins
     compile: str = "auto"  # torch.compile in training: auto, true or false
@@ -149,8 +149,8 @@ class Lab(results.Machine):
 
     @property
     def starts(self) -> list[Start]:
-        first, fewer = self.config.seed, self.config.quick + bool(self.trunk)
-        seeds = range(first, first + (self.config.seeds or 3 - fewer))
+        first, usual = self.config.seed, 1 if self.config.quick else 2 if self.trunk else 3
+        seeds = range(first, first + (self.config.seeds or usual))
         branches = range(1, self.branches + 1) if self.trunk else [0]
         return [Start(seed, branch) for seed in seeds for branch in branches]
 
