@@ -3,7 +3,7 @@
     python bench.py                                      every part, in minutes
     python bench.py decode --shape=heavy --batch_size=1  one part; --help lists the parts and the keys
     python bench.py --json=experiments/results/laptop.json
-    python bench.py table                                the table of README.md, from experiments/results
+    python bench.py table                                the table of cost.md, from experiments/results
     torchrun --standalone --nproc_per_node=8 bench.py train   several GPUs, and what they lose by waiting
 
 What is compared takes turns, A B A B ..., so that what slows the machine for a while slows both. A ratio is

@@ -18,7 +18,7 @@ def make_optimizers(model, config) -> list[Optimizer]:
 
     A group's "boost" multiplies its learning rate. The embedding's is 10 by default, because a row of it
     learns only where its token occurs. Measured at the tiny shape, 250 iterations: 4.69 nats with 3e-3 for it
-    and all else of AdamW's, 4.12 with 1e-2 and ten times that for it (experiments/README.md, "recipe").
+    and all else of AdamW's, 4.12 with 1e-2 and ten times that for it (experiments/recipe.md).
     """
     muon = muon_groups(model) if config.optimizer == "muon" else []
     taken = {weight for group in muon for weight in group["params"]}

@@ -33,7 +33,7 @@ from typing import IO
 import numpy as np
 
 # Before torch is loaded: how long its threads on a CPU spin before they sleep. By default so long that a step
-# takes thirty times as long beside another process that computes; with this, four times (experiments/README).
+# takes 30 times as long beside another process that computes; with this, 4 times (experiments/recipe.md).
 if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -105,7 +105,7 @@ def decoding_threads(device: torch.device) -> Iterator[int]:
     """As many CPU threads as cores that nothing else uses now: at least one, at most all of torch's.
 
     A step has some hundred products, and each waits for its last thread. So beside one process that computes,
-    two threads of two cores take 19 to 46 times as long as one (experiments/README.md).
+    two threads of two cores take 19 to 46 times as long as one (experiments/cost.md).
     """
     n = all_threads = torch.get_num_threads()
     if device.type == "cpu" and all_threads > 1:
@@ -136,7 +136,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep large freed blocks for the next tensors, where it is glibc.
 
     Otherwise it gives each back to the system, which fills in fresh memory page by page at the next use: that
-    takes a twelfth to a third of a training step on a CPU (experiments/README.md).
+    takes a twelfth to a third of a training step on a CPU (experiments/cost.md).
     """
     if mallopt := glibc("mallopt"):
         M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h

@@ -1,6 +1,6 @@
 # Python source on two CPU cores: data, training and a sample in three minutes.
 router = "topk"
-n_layer = 2  # more tokens in the same minutes: 3.82 nats, and four layers 4.13 (experiments/README.md)
+n_layer = 2  # more tokens in the same minutes: 3.82 nats, and four layers 4.13 (experiments/recipe.md)
 n_expert = 32
 k = 4
 n_hidden = 64
