@@ -105,6 +105,9 @@ class MoEConfig:
         require(divides, "n_kv_head", self.kv_heads, f"a divisor of n_head = {self.n_head}")
         for name in ("n_embd", "n_hidden"):  # rows of 16 bytes in bfloat16, as grouped_mm asks
             require(getattr(self, name) % 8 == 0, name, getattr(self, name), "a multiple of 8")
+        routed = self.n_expert == 1 or self.n_dense_layer < self.n_layer
+        below = f"below n_layer = {self.n_layer} (n_expert=1 makes all layers dense)"
+        require(routed, "n_dense_layer", self.n_dense_layer, below)
         check_bounds(self.n_expert, self.k, self.min_experts, self.max_experts)
         require(0 < self.mass <= 1, "mass", self.mass, "above 0 and at most 1")
         best = f"from 0 to n_expert = {self.n_expert}, or none"
@@ -134,7 +137,7 @@ class MoEConfig:
     @property
     def n_matrix_weights(self) -> int:
         """Weights in matrices, which are nearly all, counted without making a model."""
-        sparse = max(0, self.n_layer - self.n_dense_layer) if self.n_expert > 1 else 0
+        sparse = self.n_layer - self.n_dense_layer if self.n_expert > 1 else 0
         hidden = self.n_expert * self.n_hidden + self.shared_hidden
         experts = sparse * (self.n_expert + self.n_null + self.shared_gate + 3 * hidden)
         dense = (self.n_layer - sparse) * 3 * self.dense_width
@@ -158,7 +161,7 @@ def check_router(config: MoEConfig, name: str) -> None:
     for key, value in (row.needs | ({} if row.takes_bias else {"bias_rate": 0})).items():
         found, remedy = getattr(config, key, value), f"{key}={str(value).lower()}"
         if found != value:
-            raise ValueError(f"router {name} needs {remedy}, but {key} is {found}: give --{remedy}")
+            raise ValueError(f"router {name} needs {remedy}, but {key} is {found}: train with --{remedy}")
     if "n_null" in row.options:
         require(config.n_null >= 1, "n_null", config.n_null, f"at least 1 under router {name}")
         check_slots(config.n_expert, config.k, config.n_null)
@@ -557,12 +560,16 @@ class MoE(nn.Module):
         bound = row.max_pairs(config, B * T, context.fresh) if row.max_pairs else None
         return B * config.n_expert if bound is None and T == 1 else bound
 
-    def check_promises(self) -> None:
-        """Raise ValueError unless the router does with random scores what its row of ROUTERS promises."""
-        config, row = self.config, ROUTERS[self.config.router]
+    def check_promises(self, name: str) -> None:
+        """Raise ValueError unless that router does with random scores what its row of ROUTERS promises."""
+        config, row = self.config, ROUTERS[name]
         draw = torch.Generator().manual_seed(0)
-        logits = torch.randn(2, 16, len(self.bias), generator=draw).to(self.bias.device)
-        check_promises(config.router, SCORES[config.score_fn](logits), config.k, **self.options_of(row))
+        logits = torch.randn(2, config.block_size, len(self.bias), generator=draw).to(self.bias.device)
+        mask = check_promises(name, SCORES[config.score_fn](logits), config.k, **self.options_of(row))
+        pairs = int(mask[..., : config.n_expert].sum())
+        most = row.max_pairs(config, mask[..., 0].numel(), True) if row.max_pairs else None
+        enough = most is None or pairs <= most
+        require(enough, f"max_pairs of router {name}", most, f"at least {pairs}, as many as it chose")
 
     def router_state(self) -> State:
         return dict(self.state.named_buffers())

@@ -241,6 +241,8 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
     right = padded or config.vocab_size in (0, tokenizer.vocab_size)
     require(right, "vocab_size", config.vocab_size, f"0 or the data's {tokenizer.vocab_size}")
     config = replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size, norm_best=config.n_best)
+    if config.n_dense_layer:  # or else another k would mean other shapes
+        config = replace(config, dense_hidden=config.dense_width)
     dataset.train_batch(0, 1, config.block_size, config.seed)  # raises if the text is too short
     dataset.val_batches(config.block_size, 1, 1)
     return config, dataset
@@ -350,7 +352,9 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     if config.init_from == "resume":
         run.restore(checkpoint)
     for layer in model.expert_layers()[:1]:
-        layer.check_promises()
+        used = (config.router, ROUTERS[config.router].decode, config.first_router)
+        for name in filter(None, dict.fromkeys(used)):
+            layer.check_promises(name)
     if compiled:
         compile_or_explain(run)
     return run

@@ -22,6 +22,7 @@ from typing import Self
 import torch
 
 from config import parse, require
+from config.check import check, door
 from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
 from config.files import whole
 from distributed import own_device
@@ -183,11 +184,10 @@ def check_writable(path: Path) -> None:
 
 def read_report(path: Path) -> dict:
     """What --json kept. Raises ValueError for a file that is none of those."""
-    try:
+    with door(path, "it holds no results: measure again, or delete it"):
         report = json.loads(path.read_text())
-        return {**report, "parts": {**report["parts"]}}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} holds no results: measure again, or delete it") from None
+        check(report, {"parts": {str: [{"what": str}]}, "command": str, "machine": str, "dtype": str})
+        return report
 
 
 # -------------------- tables ------------------------------------------------------------------------------

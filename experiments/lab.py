@@ -134,6 +134,9 @@ class Lab(results.Machine):
             require(key in settings, f"{key} in {name}", "not said", "said there, for the runs to share it")
         n_expert = settings["n_expert"]
         require(n_expert > 1, f"n_expert in {name}", n_expert, "at least 2, for routers to choose from")
+        k = getattr(self.config, "k", 1)
+        require(k <= n_expert, "k", k, f"at most the {n_expert} experts of {name}")
+        require("seed" not in settings, f"seed in {name}", settings.get("seed"), "given as --seed")
         return settings | TUNING if self.trunk else settings
 
     @property
@@ -607,7 +610,7 @@ def open_run(lab: Lab, arm: Arm, start: Start, tokens: int | None = None, **chan
     batches = dataset.val_batches(settings["block_size"], settings["batch_size"], windows)
     part = slice(None) if arm.tuned else slice(start.branch - 1, None, lab.branches)
     fewer = f"at most {len(batches)}, for each to be judged by a batch of its own"
-    require(lab.branches <= len(batches), "branches", lab.branches, fewer)
+    require(arm.tuned or lab.branches <= len(batches), "branches", lab.branches, fewer)
     return OpenRun(model, dataset, batches[part], part)
 
 

@@ -153,7 +153,8 @@ def main(argv: list[str]) -> None:
         return print(*save_figures(RESULTS), sep="\n")
     if argv[:1] != ["table"]:
         return print(__doc__)
-    paths = map(Path, argv[1:]) if argv[1:] else sorted(RESULTS.glob("*.json"))
+    paths = [*map(Path, argv[1:])] or sorted(RESULTS.glob("*.json"))
+    require(bool(paths), f"{RESULTS}", "empty", "filled: python experiments/QUESTION.py --json=FILE")
     print("\n\n".join(map(table, paths)))
 
 

@@ -897,12 +897,12 @@ def test_a_failing_write_leaves_the_old_file(where, saved, monkeypatch):
 # -------------------- what is refused --------------------------------------------------------------------
 
 NEEDS = {  # why a plain model cannot be under these
-    "remoe": "router remoe needs score_fn=relu, but score_fn is softmax: give --score_fn=relu",
-    "expert_threshold": "router expert_threshold needs score_fn=sigmoid, .* give --score_fn=sigmoid",
-    "null_experts": "router null_experts needs norm_topk=true, but norm_topk is False: give --norm_topk=true",
+    "remoe": "router remoe needs score_fn=relu, but score_fn is softmax: train with --score_fn=relu",
+    "expert_threshold": "router expert_threshold needs score_fn=sigmoid, .* train with --score_fn=sigmoid",
+    "null_experts": "router null_experts needs norm_topk=true, .* is False: train with --norm_topk=true",
 }
 RAW = ("remoe", "expert_threshold")
-NEEDS_RAW = "router {} needs norm_best=0, but norm_best is None: give --norm_best=0"
+NEEDS_RAW = "router {} needs norm_best=0, but norm_best is None: train with --norm_best=0"
 AT_LEAST_1 = "n_layer n_head n_embd n_expert n_hidden head_width dense_hidden n_kv_head".split()
 AT_LEAST_0 = "shared_hidden n_dense_layer vocab_size n_null".split()
 NULLS = {"router": "null_experts", "norm_topk": True}
@@ -914,6 +914,7 @@ SETTINGS_REFUSED = [
     *(({"norm_best": n}, f"norm_best is {n}, .* from 0 to n_expert = 8, or none") for n in (-1, 9)),
     ({"n_embd": -8}, "n_embd is -8, .* at least 1"),
     ({"block_size": 1}, "block_size is 1, .* at least 2"),
+    ({"n_dense_layer": 2}, "n_dense_layer is 2, .* below n_layer = 2 .*"),
     ({"k": 9}, "k is 9, .* 1 .* n_expert = 8"),
     ({"k": 0}, "k is 0, .* 1 .* n_expert = 8"),
     ({"min_experts": 3}, "min_experts is 3, .* 0 .* k = 2"),

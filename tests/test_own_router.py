@@ -19,7 +19,7 @@ from runs import (
 
 import sample
 import train
-from router import ROUTERS, Router, online_seqtopk, seqtopk, topk
+from router import ROUTERS, ExpertCache, Router, online_seqtopk, seqtopk, topk
 
 FILES = {
     "relative": """
@@ -160,6 +160,13 @@ def relative(scores, k):
 
 
 ROW = Router(relative, causal=True, exact=False, decode="relative")
+ROOT, IS = ROUTERS["online_seqtopk_root"], "of router relative is"
+
+
+def odd(scores):
+    return torch.arange(scores.shape[1])[:, None] % 2 > 0
+
+
 WRONG = {
     "no row": (relative, "the row of router relative is function, but must be a router.Router"),
     "no such stand-in": (
@@ -170,13 +177,17 @@ WRONG = {
     "stand-in that learns": (ROW._replace(decode="remoe", select=topk), None),
     "stand-in whose state it lacks": (ROW._replace(decode="expert_threshold"), "decode .* without a state"),
     "option": (ROW._replace(options=("width",)), "an option of router relative is width, .* MoEConfig"),
-    "not exact": (ROW._replace(exact=True), r"router relative is exact, its pairs is \d+, .* B\*T\*k = 64"),
+    "not exact": (ROW._replace(exact=True), r"router relative is exact, its pairs is \d+, .* B\*T\*k = 128"),
     "not causal": (
         ROW._replace(select=seqtopk),
         "causal of router relative is True, .* come later",
     ),
-    "remembers": (ROW._replace(select=online_seqtopk), "cache of router relative is None, .* ExpertCache"),
-    "shape": (ROW._replace(select=lambda s, k: s[:1] > 0), "returns is torch.bool .1, 16, 4., .* .2, 16, 4"),
+    "remembers": (ROW._replace(select=online_seqtopk), f"cache {IS} None, .* token by token"),
+    "place": (ROW._replace(select=lambda s, k: topk(s, k) & odd(s)), f"cache {IS} None, .* token by token"),
+    "another cache": (ROOT._replace(cache=ExpertCache), f"cache {IS} ExpertCache, .* token by token"),
+    "random": (ROW._replace(select=lambda s, k: topk(torch.rand_like(s), k)), "another at a second call"),
+    "too many": (ROW._replace(max_pairs=lambda config, n, fresh: n), r"max_pairs .* is 64, .* at least \d+,"),
+    "shape": (ROW._replace(select=lambda s, k: s[:1] > 0), "returns is torch.bool .1, 32, 4., .* .2, 32, 4"),
     "dtype": (ROW._replace(select=lambda s, k: s), "what router relative returns is torch.float32"),
     "no tensor": (ROW._replace(select=lambda s, k: None), "what router relative returns is NoneType"),
 }
@@ -193,6 +204,16 @@ def test_a_row_that_breaks_its_word_is_refused(dataset, tmp_path, monkeypatch, c
         return train.main(argv)
     assert re.search(words, error_line(capsys, train.main, *argv))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [{"router": "relative"}, {"first_router": "alone", "first_iters": 1}])
+def test_stand_ins_and_first_routers_keep_their_word(dataset, tmp_path, monkeypatch, capsys, changes):
+    """A router that needs a cache is refused wherever it would route, not as --router alone."""
+    alone = ROW._replace(select=online_seqtopk, decode="alone")
+    monkeypatch.setitem(ROUTERS, "alone", alone)
+    monkeypatch.setitem(ROUTERS, "relative", ROUTERS["seqtopk"]._replace(decode="alone"))
+    argv = flags(**TINY | {"max_iters": 1} | changes, dataset=dataset, out_dir=tmp_path / "run")
+    assert "cache of router alone is None" in error_line(capsys, train.main, *argv)
 
 
 def test_a_state_is_not_inherited_from_another_router(dataset, tmp_path):

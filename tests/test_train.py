@@ -453,6 +453,13 @@ def test_bias_by_hand(start, seen):
     torch.testing.assert_close(torch.stack([model[f"blocks.{n}.mlp.bias"] for n in range(2)]), bias)
 
 
+def test_k_may_change_beside_a_dense_layer(start):
+    """Its width, k * n_hidden where none is given, stays what it was."""
+    begun = start(n_dense_layer=1, k=2, max_iters=1) / "last.pt"
+    tuned = load_checkpoint(start("tuned", init_from=begun, k=1, max_iters=1) / "last.pt")
+    assert tuned["config"]["k"] == 1 and tuned["config"]["dense_hidden"] == 2 * TINY["n_hidden"]
+
+
 LEARNING = {
     "expert_threshold": {"score_fn": "sigmoid", **WARM_UP},
     "remoe": {"score_fn": "relu", "k": 1, "first_router": "top_p", "mass": 0.9, "first_iters": 1},
