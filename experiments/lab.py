@@ -175,9 +175,16 @@ def run_question(answer: Callable[[Lab], list[dict]], options: type[results.Opti
     """What the file of a question does when it is started."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: a training then stops and saves
         if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+            signal.signal(number, interrupt)
     with bad_input_exits():
         main(answer, options, sys.argv[1:])
+
+
+def interrupt(*_) -> None:
+    """What Ctrl-C does, also where it is ignored: in the background of a script."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def main(answer: Callable[[Lab], list[dict]], options: type[results.Options], argv: list[str]) -> None:

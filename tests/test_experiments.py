@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -752,6 +753,17 @@ def test_a_dense_model_stands_beside_routers(ask):
 
 
 # -------- arms and their runs
+
+
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_killed_question_stops_as_by_ctrl_c(ctrl_c):
+    """Also in the background of a script, where Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lab.interrupt()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("quick", [False, True])
