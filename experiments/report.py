@@ -73,26 +73,30 @@ def save_figures(folder: Path) -> Iterator[str]:
 
 def draw_by_k(column: str, figure: "Figure", found: list[tuple[str, dict]]) -> None:
     """For each file a panel without tuning and one with: a column against K, a line for each router."""
-    panels: dict[str, dict[str, dict[int, list[float]]]] = {}  # title -> router -> K -> mean, error
+    panels: dict[tuple[str, bool], dict[str, dict[int, list[float]]]] = {}  # -> router -> K -> mean, error
     for stem, row in found:
         if match := BY_K.fullmatch(row["what"]):
             router, k, untuned = match.groups()
-            lines = panels.setdefault(f"{stem}, {'untuned' if untuned else 'tuned'}", {})
-            lines.setdefault(router, {})[int(k)] = row[column]
+            panels.setdefault((stem, not untuned), {}).setdefault(router, {})[int(k)] = row[column]
     routers = list(dict.fromkeys(itertools.chain(*panels.values())))  # each has one colour in all panels
-    figure.set_size_inches(2 + 4.5 * len(panels), 3.8)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=column != "nats")[0]
-    for panel, (title, lines) in zip(axes, panels.items()):
-        panel.set(title=title, xlabel="K", xscale="log", xticks=(ks := sorted(set().union(*lines.values()))))
+    stems = list(dict.fromkeys(stem for stem, _ in panels))
+    figure.set_size_inches(10.5, 3.4 * len(stems))
+    axes = figure.subplots(len(stems), 2, squeeze=False, sharey="row")
+    for (stem, tuned), lines in panels.items():
+        panel = axes[stems.index(stem), int(tuned)]
+        panel.set(title=f"{stem}, {'tuned' if tuned else 'untuned'}", xlabel="K", xscale="log")
+        panel.set_xticks(ks := sorted(set().union(*lines.values())), ks)
         panel.set_xticks([], minor=True)
-        panel.set_xticklabels(ks)
         for router, points in lines.items():
             at = sorted(points)
             middle, error = np.array([points[k] for k in at], dtype=float).T  # of one run, the error is nan
             stroke, colour = STYLES[routers.index(router) % len(STYLES)]
             panel.errorbar(at, middle, error, linestyle=stroke, color=colour, capsize=3, label=router)
-    axes[0].set_ylabel(AXES[column])
-    put_legend(axes[-1], "bar: standard error over runs")
+        if column != "nats":  # from a thousandth to a tenth, on both sides of 0
+            panel.set_yscale("symlog", linthresh=1e-3)
+    for left, right in axes:
+        left.set_ylabel(AXES[column])
+        put_legend(right, "bar: standard error over runs")
 
 
 def draw_lines(x: str, y: str, figure: "Figure", found: list[tuple[str, dict]]) -> None:
