@@ -564,12 +564,17 @@ class MoE(nn.Module):
         """Raise ValueError unless that router does with random scores what its row of ROUTERS promises."""
         config, row = self.config, ROUTERS[name]
         draw = torch.Generator().manual_seed(0)
-        logits = torch.randn(2, config.block_size, len(self.bias), generator=draw).to(self.bias.device)
+        tokens = min(config.block_size, 4096)  # a pretrained model may allow a hundred times as many
+        logits = torch.randn(2, tokens, len(self.bias), generator=draw).to(self.bias.device)
         mask = check_promises(name, SCORES[config.score_fn](logits), config.k, **self.options_of(row))
-        pairs = int(mask[..., : config.n_expert].sum())
-        most = row.max_pairs(config, mask[..., 0].numel(), True) if row.max_pairs else None
-        enough = most is None or pairs <= most
-        require(enough, f"max_pairs of router {name}", most, f"at least {pairs}, as many as it chose")
+        chosen = mask[..., : config.n_expert].sum(-1)  # (B, T)
+        spent = {(chosen.numel(), True): int(chosen.sum())}
+        if row.causal:  # a step of decoding
+            spent[1, False] = int(chosen.max())
+        for (tokens, fresh), pairs in spent.items():
+            most = row.max_pairs(config, tokens, fresh) if row.max_pairs else None
+            enough = most is None or pairs <= most
+            require(enough, f"max_pairs of router {name}", most, f"at least {pairs}, as many as it chose")
 
     def router_state(self) -> State:
         return dict(self.state.named_buffers())
@@ -749,9 +754,8 @@ class MoEGPT(nn.Module):
             return Stats(zero, zero, load, idx.new_zeros(0, *idx.shape), [])
         balance = torch.stack([load_balance_loss(routing.scores, routing.mask) for routing in routings])
         z = torch.stack([z_loss(routing.logits) for routing in routings])
-        real = torch.stack([routing.mask for routing in routings])[
-            ..., : self.config.n_expert
-        ]  # (L, B, T, E)
+        mask = torch.stack([routing.mask for routing in routings])  # (L, B, T, E + n_null)
+        real = mask[..., : self.config.n_expert]  # (L, B, T, E)
         return Stats(balance.mean(), z.mean(), real.sum((1, 2)), real.sum(-1), routings)
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None, router: str | None = None) -> Cache:

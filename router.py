@@ -698,7 +698,7 @@ def check_row(name: str, settings: Iterable[str]) -> None:
         )
 
 
-DECODED = 64  # tokens of a sequence, by check_promises
+DECODED = ExpertCache.RECENT + 16  # tokens that check_promises routes one by one: `recent` fills, and merges
 
 
 def check_promises(name: str, scores: Tensor, k: int, **options) -> Tensor:
@@ -717,9 +717,10 @@ def check_promises(name: str, scores: Tensor, k: int, **options) -> Tensor:
     (B, T, _), pairs = shape, int(mask.sum())
     require(not row.exact or pairs == B * T * k, f"{who} is exact, its pairs", pairs, f"B*T*k = {B * T * k}")
     if row.causal:
-        past = row.select(scores[:, : T // 2], k, **options)
-        blind = torch.equal(past, mask[:, : T // 2])
-        require(blind, f"causal of {who}", True, "False: it sees tokens that come later")
+        past = row.select(scores[:1, : T // 2], k, **options)
+        blind = torch.equal(past, mask[:1, : T // 2])
+        seen = "False: it sees tokens that come later, or other sequences"
+        require(blind, f"causal of {who}", True, seen)
         some = scores[:, :DECODED]
         same = torch.equal(decoded(row, some, k, **options), mask[:, :DECODED])
         needed = "one with which decoding, token by token, chooses what `select` does"
@@ -733,7 +734,8 @@ def decoded(row: Router, scores: Tensor, k: int, **options) -> Tensor:
     if row.cache is None:
         return row.select(scores.reshape(B * T, 1, E), k, **options).view(B, T, E)
     own = {name: value for name, value in options.items() if name != "state"}
-    cache = row.cache(B, T, k, E, device=scores.device, **own)
+    n_expert = E - options.get("n_null", 0)
+    cache = row.cache(B, T, k, n_expert, device=scores.device, **own)
     return torch.cat([cache.select(token) for token in scores.split(1, dim=1)], dim=1)
 
 

@@ -138,7 +138,7 @@ class TrainConfig(MoEConfig):
         for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(allowed))
         self._check_first_router()
-        routed = any(map(self.has_experts, range(self.n_layer)))
+        routed = self.n_expert > 1
         require(routed or self.train_only == "all", "train_only", "router", "all in a dense model")
         other = self.weights_dtype == "bfloat16" and self.dtype not in ("auto", "bfloat16")
         require(not other, "dtype", self.dtype, "auto or bfloat16 for weights_dtype=bfloat16")

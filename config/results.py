@@ -183,10 +183,12 @@ def check_writable(path: Path) -> None:
 
 
 def read_report(path: Path) -> dict:
-    """What --json kept. Raises ValueError for a file that is none of those."""
+    """What --json kept. Raises ValueError for a file that is none of those, and OSError where none is."""
+    raw = path.read_bytes()
     with door(path, "it holds no results: measure again, or delete it"):
-        report = json.loads(path.read_text())
-        check(report, {"parts": {str: [{"what": str}]}, "command": str, "machine": str, "dtype": str})
+        report = json.loads(raw)
+        said = {"command": str, "machine": str, "dtype": str, "commit": str | None}
+        check(report, {"parts": {str: [{"what": str}]}} | said)
         return report
 
 

@@ -126,7 +126,8 @@ class Lab(results.Machine):
     def shared(self) -> dict[str, object]:
         """Settings of all arms: those of --config or of a branch, and the model's defaults.
 
-        Raises ValueError where max_iters or batch_size is missing, and for a dense model.
+        Raises ValueError where max_iters or batch_size is missing, for a seed, for a dense model, and for a k
+        above n_expert.
         """
         name = self.config.config
         settings = asdict(MoEConfig()) | file_settings(name)
@@ -379,7 +380,7 @@ def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wai
         return []
     folder, config = run_folder(lab.config, arm, start), lab.config
     functions = filter(None, (judge, arm.rewire, ROUTERS[arm.settings["router"]].select))
-    own = sorted({inspect.getfile(function) for function in functions})
+    own = sorted({inspect.getfile(getattr(function, "func", function)) for function in functions})
     sha = hashlib.sha256(SOURCE + b"".join(Path(name).read_bytes() for name in own))
     part = arm.tuned or lab.branches
     depends = [arm.name, arm.base, sorted(arm.settings.items()), part, start, opening]

@@ -94,9 +94,12 @@ def draw_by_k(column: str, figure: "Figure", found: list[tuple[str, dict]]) -> N
             panel.errorbar(at, middle, error, linestyle=stroke, color=colour, capsize=3, label=router)
         if column != "nats":  # from a thousandth to a tenth, on both sides of 0
             panel.set_yscale("symlog", linthresh=1e-3)
-    for left, right in axes:
-        left.set_ylabel(AXES[column])
-        put_legend(right, "bar: standard error over runs")
+    for row in axes:
+        drawn = [panel for panel in row if panel.has_data()]
+        drawn[0].set_ylabel(AXES[column])
+        put_legend(drawn[-1], "bar: standard error over runs")
+        for panel in set(row).difference(drawn):
+            panel.set_axis_off()
 
 
 def draw_lines(x: str, y: str, figure: "Figure", found: list[tuple[str, dict]]) -> None:
