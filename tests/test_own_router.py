@@ -186,7 +186,7 @@ WRONG = {
     "place": (ROW._replace(select=lambda s, k: topk(s, k) & odd(s)), f"cache {IS} None, .* token by token"),
     "another cache": (ROOT._replace(cache=ExpertCache), f"cache {IS} ExpertCache, .* token by token"),
     "other sequences": (ROW._replace(select=lambda s, k: topk(s * s.mean(0), k)), ".* or other sequences"),
-    "a step": (ROOT._replace(max_pairs=lambda config, n, fresh: n * config.k), r"max_pairs .* is 2, .* \d, as"),
+    "a step": (ROOT._replace(max_pairs=lambda c, n, fresh: n * c.k), r"max_pairs .* is 2, .* \d, as"),
     "random": (ROW._replace(select=lambda s, k: topk(torch.rand_like(s), k)), "another at a second call"),
     "too many": (
         ROW._replace(max_pairs=lambda config, n, fresh: n),
