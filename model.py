@@ -571,8 +571,8 @@ class MoE(nn.Module):
         spent = {(chosen.numel(), True): int(chosen.sum())}
         if row.causal:  # a step of decoding
             spent[1, False] = int(chosen.max())
-        for (tokens, fresh), pairs in spent.items():
-            most = row.max_pairs(config, tokens, fresh) if row.max_pairs else None
+        for (n, fresh), pairs in spent.items():
+            most = row.max_pairs(config, n, fresh) if row.max_pairs else None
             enough = most is None or pairs <= most
             require(enough, f"max_pairs of router {name}", most, f"at least {pairs}, as many as it chose")
 
@@ -757,6 +757,12 @@ class MoEGPT(nn.Module):
         mask = torch.stack([routing.mask for routing in routings])  # (L, B, T, E + n_null)
         real = mask[..., : self.config.n_expert]  # (L, B, T, E)
         return Stats(balance.mean(), z.mean(), real.sum((1, 2)), real.sum(-1), routings)
+
+    def check_promises(self, *routers: str) -> None:
+        """Raise ValueError unless these routers do in a layer here what their rows of ROUTERS promise."""
+        for layer in self.expert_layers()[:1]:  # a dense model has none
+            for name in dict.fromkeys(routers):
+                layer.check_promises(name)
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None, router: str | None = None) -> Cache:
         """An empty cache for batch_size sequences of up to max_tokens (None: block_size) tokens.

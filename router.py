@@ -714,7 +714,8 @@ def check_promises(name: str, scores: Tensor, k: int, **options) -> Tensor:
     require(right, f"what {who} returns", found, f"torch.bool {shape}, as the scores")
     same = torch.equal(mask, row.select(scores, k, **options))
     require(same, f"what {who} chooses", "another at a second call", "a function of the scores")
-    (B, T, _), pairs = shape, int(mask.sum())
+    B, T, _ = shape
+    pairs = int(mask.sum())
     require(not row.exact or pairs == B * T * k, f"{who} is exact, its pairs", pairs, f"B*T*k = {B * T * k}")
     if row.causal:
         past = row.select(scores[:1, : T // 2], k, **options)

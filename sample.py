@@ -107,8 +107,7 @@ def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
     model = open_model(checkpoint, config, device)
     needed = len(prompt) + config.max_new_tokens
     cache = model.new_cache(1, min(needed, model.config.block_size), config.router)
-    for layer in model.expert_layers()[:1]:
-        layer.check_promises(cache.router)
+    model.check_promises(cache.router)
     if (config.show_experts or html or svg) and not model.expert_layers():
         raise ValueError("show_experts, html and svg show experts, but this is a dense model: it has none")
     about = [f"{source}: {describe(model, cache.router)}"]

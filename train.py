@@ -138,8 +138,8 @@ class TrainConfig(MoEConfig):
         for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(allowed))
         self._check_first_router()
-        routed = self.n_expert > 1
-        require(routed or self.train_only == "all", "train_only", "router", "all in a dense model")
+        learns = self.n_expert > 1 or self.train_only == "all"
+        require(learns, "train_only", "router", "all in a dense model")
         other = self.weights_dtype == "bfloat16" and self.dtype not in ("auto", "bfloat16")
         require(not other, "dtype", self.dtype, "auto or bfloat16 for weights_dtype=bfloat16")
         mixed = self.shard and self.weights_dtype == "bfloat16"  # FSDP2 refuses float32 gates beside it
@@ -351,10 +351,7 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     run = Run(config, dataset, device, dtype, model, forward, make_optimizers(model, config), scaler)
     if config.init_from == "resume":
         run.restore(checkpoint)
-    for layer in model.expert_layers()[:1]:
-        used = (config.router, ROUTERS[config.router].decode, config.first_router)
-        for name in filter(None, dict.fromkeys(used)):
-            layer.check_promises(name)
+    model.check_promises(config.router, ROUTERS[config.router].decode, config.first_router or config.router)
     if compiled:
         compile_or_explain(run)
     return run
