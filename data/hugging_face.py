@@ -279,7 +279,7 @@ FAMILIES = {
         MIXTRAL_NAMES,
     ),
 }
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a file may have
+FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a file may have
 
 
 def read_settings(name_or_path: str | Path) -> tuple[dict, str]:
@@ -347,7 +347,7 @@ def file_views(weights: dict[str, Tensor], model_type: str, found: Iterable[str]
 def file_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
     """For the name of every tensor that has elements, the file that holds it, and its shape (a meta tensor).
 
-    Raises ValueError for a file that is missing or damaged, and for a dtype that is not one of DTYPES.
+    Raises ValueError for a file that is missing or damaged, and for a dtype that is not one of FILE_DTYPES.
     """
     safetensors, paths, outlines = optional("safetensors"), {}, {}
     index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
@@ -371,8 +371,8 @@ def outline(file, name: str) -> Tensor:
     """A tensor of an open safetensors file on the meta device."""
     stored = file.get_slice(name)
     dtype = stored.get_dtype()
-    require(dtype in DTYPES, f"the dtype of {name}", dtype, "one of " + ", ".join(DTYPES))
-    return torch.empty(stored.get_shape(), dtype=DTYPES[dtype], device="meta")
+    require(dtype in FILE_DTYPES, f"the dtype of {name}", dtype, "one of " + ", ".join(FILE_DTYPES))
+    return torch.empty(stored.get_shape(), dtype=FILE_DTYPES[dtype], device="meta")
 
 
 def copy_tensors(paths: dict[str, Path], views: dict[str, Tensor]) -> None:

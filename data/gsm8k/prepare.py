@@ -44,12 +44,9 @@ def main(argv: list[str]) -> None:
     """Write the dataset. ValueError: no network, a line that is no problem, unknown tokenizer."""
     options = Options(**parse(argv, Options)[0])
     folder = Path(options.out_dir) if options.out_dir else FOLDER
-    if options.source is None:
-        train, val = split(read_problems(fetch("train.jsonl")), VAL_FRACTION)
-        test = read_problems(options.test_source or fetch("test.jsonl"))
-    else:
-        train, val = split(read_problems(options.source), VAL_FRACTION)
-        test = read_problems(options.test_source) if options.test_source else val
+    train, val = split(read_problems(options.source or fetch("train.jsonl")), VAL_FRACTION)
+    tests = options.test_source or (None if options.source else fetch("test.jsonl"))
+    test = read_problems(tests) if tests else val
     tokenizer = choose_tokenizer(options.tokenizer, list(map(document, train)), options.vocab_size, "gsm8k")
     lines = "".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in test)
     meta = write_pairs(folder, train, val, tokenizer, {"test.jsonl": lines})
