@@ -68,7 +68,7 @@ def first_before_others() -> Iterator[None]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The current device from now on. Each process has the GPU of its own number on its machine.
+    """The device of this process, current from now on: under torchrun the GPU of its own number.
 
     Raises ValueError if there are fewer GPUs than processes, or one GPU is asked for by all.
     """
@@ -88,7 +88,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def distribute(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
-    """Move the model, which has `blocks`, to the device; if `shard`, a part of it. -> what to call as it."""
+    """Move the model, which has `blocks`, to the device: if `shard`, a part of it. -> the module to call."""
     if world() > 1 and shard:
         from torch.distributed.fsdp import fully_shard
 

@@ -100,9 +100,6 @@ class SeededOptimizer(Optimizer):
                     draw = torch.Generator(weight.device).manual_seed(seed) if rounds else None
                     self.update(weight, group, draw)
 
-    def update(self, weight: Tensor, group: dict, draw: torch.Generator | None) -> None:
-        raise NotImplementedError
-
 
 class Muon(SeededOptimizer):
     """Momentum whose matrices are orthogonalised, so that all directions of a matrix learn at one rate.
