@@ -17,7 +17,6 @@ import inspect
 import math
 import multiprocessing
 import re
-import runpy
 import signal
 import sys
 import tempfile
@@ -37,19 +36,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import distributed
-from config import bad_input_exits, require, results
+from config import bad_input_exits, read_file, require, results
 from config.device import (
     as_graph,
     give_back_freed_memory,
     keep_freed_memory,
+    pick_compile,
     pick_compiled_decoding,
 )
 from model import MLP, Cache, Context, MoE, MoEConfig, MoEGPT
 from optimizers import make_optimizers
-from router import ROUTERS, ExpertCache, online_seqtopk, seqtopk
+from router import BOUNDED, ROUTERS, ExpertCache, online_seqtopk, seqtopk
 from train import TrainConfig
 
-BOUNDED = [name for name, row in ROUTERS.items() if row.bounded]  # their shapes are static
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CYCLE = ExpertCache.RECENT + 1  # so many steps of an Expert Cache merge its buffers once
 INIT_STD = 0.02  # of the model's random weights
@@ -94,10 +93,14 @@ class Bench(results.Machine):
         path = results.HOME / "config" / f"{name}_topk.py"
         known = name in SHAPES or path.is_file()
         require(known, "shape", name, f"{', '.join(SHAPES)}, or the NAME of a config/NAME_topk.py")
-        settings = {"vocab_size": 4096, **(SHAPES.get(name) or runpy.run_path(str(path)))}
+        settings = {"vocab_size": 4096, **(SHAPES.get(name) or read_file(path))}
         settings |= {key: value for key, value in vars(self.config).items() if value}
         keys = {field.name for field in fields(MoEConfig)}
         return MoEConfig(**{key: value for key, value in settings.items() if key in keys})
+
+    @property
+    def compile(self) -> bool:
+        return pick_compile(self.config.compile, self.device, self.dtype)[0]
 
     def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
         return as_graph(function, fullgraph=fullgraph) if self.compile else function
@@ -658,7 +661,7 @@ PARTS = {
 def main(argv: list[str]) -> None:
     """Measure what is asked for. Raises ValueError or OSError for bad input."""
     if argv == ["table"]:
-        return print(results.readme_table(results.RESULTS))
+        return print(results.speed_table(results.RESULTS))
     texts = {name: inspect.getdoc(part) for name, part in PARTS.items()}
     named = [name for name in argv[:1] if not name.startswith("-")]
     for name in named:

@@ -53,7 +53,7 @@ def topk(scores: Tensor, k: int) -> Tensor:
     """
     check_bounds(scores.shape[-1], k)
     _, expert_ids = rank_experts(scores, k)
-    return take_best(scores, expert_ids, k)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, expert_ids, True)
 
 
 def seqtopk(scores: Tensor, k: int, min_experts: int = 1, max_experts: int | None = None) -> Tensor:
@@ -110,11 +110,9 @@ def rank_experts(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return ranked.values[..., :n], ranked.indices[..., :n]
 
 
-def take_best(scores: Tensor, expert_ids: Tensor, n_taken: int | Tensor) -> Tensor:
-    """Mask (B, T, E): each token takes the first `n_taken`, an int or (B, T), of its ranked expert_ids."""
-    if isinstance(n_taken, Tensor):
-        n_taken = n_taken.unsqueeze(-1)
-    taken = (torch.arange(expert_ids.shape[-1], device=scores.device) < n_taken).expand_as(expert_ids)
+def take_best(scores: Tensor, expert_ids: Tensor, n_taken: Tensor) -> Tensor:
+    """Mask (B, T, E): each token takes the first n_taken (B, T) of its ranked expert_ids."""
+    taken = torch.arange(expert_ids.shape[-1], device=scores.device) < n_taken.unsqueeze(-1)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, expert_ids, taken)
 
 
@@ -633,6 +631,8 @@ ROUTERS["remoe"] = Router(
     update=update_l1_coef,
 )
 
+BOUNDED = [name for name, row in ROUTERS.items() if row.bounded]  # of those above
+
 
 # -------------------- losses and a bias that balance the load ---------------------------------------------
 
@@ -755,7 +755,7 @@ def check_bounds(n_expert: int, k: int, min_experts: int = 0, max_experts: int |
 
 
 def check_slots(n_expert: int, k: int, n_null: int) -> int:
-    """The slots of a token of which k get one of n_expert real experts, if all slots' experts get the same.
+    """How many of n_expert + n_null experts a token takes, so that k of them are real if the load is even.
 
     Raises ValueError unless that is a whole number.
     """

@@ -23,7 +23,7 @@ import torch
 
 from config import parse, require
 from config.check import check, door
-from config.device import keep_freed_memory, pick_compile, pick_device, pick_dtype
+from config.device import keep_freed_memory, pick_device, pick_dtype
 from config.files import whole
 from distributed import own_device
 
@@ -79,11 +79,6 @@ class Machine:
     @property
     def gpu(self) -> bool:
         return self.device.type == "cuda"
-
-    @property
-    def compile(self) -> bool:
-        asked = getattr(self.config, "compile", "false")  # without such an option nothing is compiled
-        return pick_compile(asked, self.device, self.dtype)[0]
 
     @property
     def name(self) -> str:
@@ -142,7 +137,7 @@ def describe(machine: Machine) -> dict:
         "command": " ".join(["python", *sys.argv]),
         "machine": machine.name,
         "dtype": str(machine.dtype).removeprefix("torch."),
-        "compile": machine.compile,
+        "compile": getattr(machine.config, "compile", "false"),  # as asked
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),  # of other work, at the start: with any, expect noise
@@ -236,7 +231,7 @@ def is_ratio(key: str) -> bool:
     return key.startswith(("time/", "speed/", "bytes/"))
 
 
-def readme_table(folder: Path) -> str:
+def speed_table(folder: Path) -> str:
     """Markdown: each ratio with an aim or a figure of the paper, and what it is on the machines in `folder`.
 
     Raises ValueError where none is.

@@ -18,8 +18,7 @@ from experiments.lab import Lab, all_learned, compare, loss_and_entropy, router_
 import data
 from config import require
 from model import MoEGPT, Stats
-from router import ROUTERS, Router, State, rank_experts, take_best
-from train import TrainConfig
+from router import ROUTERS, Router, State, rank_experts, take_best, topk
 
 # (tokens, targets, logits and statistics under TopK) -> experts of each token in each layer, (B, T) each
 Allot = Callable[[Tensor, Tensor, Tensor, Stats], list[Tensor]]
@@ -42,7 +41,7 @@ ORDERS = {  # tokens, loss and entropy (B, T) -> (B, T), higher for who gets mor
 def answer(lab: Lab) -> list[dict]:
     k = lab.config.k
     require(k > 1, "k", k, "at least 2, for a third of the tokens to get one less")
-    all_learned(data.load(lab.shared.get("dataset", TrainConfig.dataset)))
+    all_learned(data.load(lab.shared["dataset"]))
     *arms, oracle = router_arms(lab, ["topk", "seqtopk", "online_seqtopk", "allotted"], k)
     for name, order in ORDERS.items():
         arms.append(replace(oracle, name=f"{name}, k={k}", rewire=read_twice(by_thirds(order))))
@@ -88,7 +87,7 @@ def allotted(scores: Tensor, k: int, state: State) -> Tensor:
     scores (B, T, E) -> mask (B, T, E).
     """
     _, expert_ids = rank_experts(scores, scores.shape[-1])
-    return take_best(scores, expert_ids, state["n_taken"] if state["n_taken"].numel() else k)
+    return take_best(scores, expert_ids, state["n_taken"]) if state["n_taken"].numel() else topk(scores, k)
 
 
 ROUTERS["allotted"] = Router(

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from experiments.lab import Arm, Lab, Options, compare, run_question
 
 from config import require
-from router import ROUTERS
-
-BOUNDED = [name for name, row in ROUTERS.items() if row.bounded]
+from router import BOUNDED, ROUTERS
 
 
 @dataclass(frozen=True)

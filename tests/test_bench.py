@@ -192,18 +192,18 @@ def test_json_is_kept_and_tabled(run, tmp_path, capsys):
     (tmp_path / "new" / "b.json").write_text(json.dumps(report | {"machine": "another"}))
     no_speeds = {"parts": {"routers": [{"what": "topk, k=2", "nats": [5, None]}]}}
     (tmp_path / "new" / "c.json").write_text(json.dumps(report | no_speeds))
-    head, _, *lines = results.readme_table(tmp_path / "new").splitlines()
+    head, _, *lines = results.speed_table(tmp_path / "new").splitlines()
     assert head.endswith(f"| a ({report['machine']}, float32) | b (another, float32) |")
     assert len(lines) == 1 and "against ranking anew" in lines[0] and "at least 25" in lines[0]
     with pytest.raises(ValueError, match="without speeds"):
-        results.readme_table(tmp_path)
+        results.speed_table(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"parts": 3}', '{"parts": {"a": [3]}}'])
 def test_a_file_that_holds_no_results_is_named(text, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a\.json.* holds no results"):
-        results.readme_table(tmp_path)
+        results.speed_table(tmp_path)
 
 
 @pytest.mark.parametrize(
