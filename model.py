@@ -97,8 +97,8 @@ class MoEConfig:
         for name in ("n_kv_head", "head_width", "dense_hidden"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1, or none")
-        whole = self.head_width or self.n_embd % self.n_head == 0
-        require(whole, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        divides = self.head_width or self.n_embd % self.n_head == 0
+        require(divides, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
         width = "head_width" if self.head_width else "n_embd / n_head"
         require(self.head_dim % 2 == 0, width, self.head_dim, "even, for RoPE")
         divides = self.n_head % self.kv_heads == 0
@@ -112,7 +112,8 @@ class MoEConfig:
         require(0 < self.mass <= 1, "mass", self.mass, "above 0 and at most 1")
         best = f"from 0 to n_expert = {self.n_expert}, or none"
         require(0 <= self.n_best <= self.n_expert, "norm_best", self.norm_best, best)
-        check_router(self, self.router)
+        for name in (self.router, ROUTERS[self.router].decode):
+            check_router(self, name)
 
     @property
     def head_dim(self) -> int:
@@ -461,6 +462,12 @@ torch.library.impl(OP, "cpu", run_on_cpu)
 torch.library.register_fake(OP, lambda x, *others: torch.empty_like(x, dtype=torch.float32))
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of matrix products with x: autocast's, of which grouped_mm and caches know nothing, or x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class MoE(nn.Module):
     """E experts, a gate, and possibly a shared expert."""
 
@@ -486,7 +493,7 @@ class MoE(nn.Module):
         weight = self.weigh(scores, mask)  # (B, T, E)
         y = self.dispatch(x, mask, weight, context)  # (B, T, C)
         if self.shared is not None:
-            y = y + self.share(x)
+            y = y + self.run_shared(x)
         return y, Routing(logits, scores, mask)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -531,23 +538,16 @@ class MoE(nn.Module):
     def dispatch(self, x: Tensor, mask: Tensor, weight: Tensor, context: Context) -> Tensor:
         """Each token's experts, times their weights, added up: (B, T, C)."""
         B, T, C = x.shape
-        autocast = torch.is_autocast_enabled(x.device.type)  # of which grouped_mm knows nothing
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        mask = mask[..., : self.config.n_expert].flatten(0, 1)
-        inputs = (
-            x.reshape(-1, C).to(dtype),
-            mask,
-            weight.flatten(0, 1),
-            self.w_in.to(dtype),
-            self.w_out.to(dtype),
-        )
+        dtype = product_dtype(x)
+        mask, w_in, w_out = mask[..., : self.config.n_expert], self.w_in.to(dtype), self.w_out.to(dtype)
+        inputs = x.reshape(-1, C).to(dtype), mask.flatten(0, 1), weight.flatten(0, 1), w_in, w_out
         if x.is_cpu and not torch.is_grad_enabled():
             y = torch.ops.nano_seqtopk.run_on_cpu(*inputs)
         else:
             y = run_experts(*inputs, self.max_pairs(B, T, context))
         return y.to(x.dtype).view(B, T, C)
 
-    def share(self, x: Tensor) -> Tensor:
+    def run_shared(self, x: Tensor) -> Tensor:
         """The shared expert's output."""
         shared = self.shared(x)
         return shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid()
@@ -701,10 +701,12 @@ class MoEGPT(nn.Module):
         it, and its router routes; otherwise `router` does (None: the config's). active (B, T) bool marks,
         with a cache, the real tokens: the others are not attended to and get no expert. -> logits (B, T, V)
         float32, loss, Stats. Raises ValueError for a sequence longer than block_size, or than the cache has
-        room for.
+        room for, and for another router than the cache's.
         """
         room = self.config.block_size
         if cache:
+            own = f"{cache.router}, the cache's, or none"
+            require(router in (None, cache.router), "router", router, own)
             cache.make_room(idx.shape[1], active is not None)
         elif idx.shape[1] > room:
             raise ValueError(f"{idx.shape[1]} tokens are more than the {room} that block_size allows")
@@ -758,6 +760,13 @@ class MoEGPT(nn.Module):
         real = mask[..., : self.config.n_expert]  # (L, B, T, E)
         return Stats(balance.mean(), z.mean(), real.sum((1, 2)), real.sum(-1), routings)
 
+    def rerouted(self, **settings) -> "MoEGPT":
+        """The model itself, whose routing has these settings from now on."""
+        config = replace(self.config, **settings)
+        for module in (self, *self.expert_layers()):
+            module.config = config
+        return self
+
     def check_promises(self, *routers: str) -> None:
         """Raise ValueError unless these routers do in a layer here what their rows of ROUTERS promise."""
         for layer in self.expert_layers()[:1]:  # a dense model has none
@@ -778,7 +787,7 @@ class MoEGPT(nn.Module):
         weight = self.head.weight
         max_tokens = self.config.block_size if max_tokens is None else max_tokens
         require(max_tokens >= 2, "max_tokens", max_tokens, "at least 2")
-        return Cache(self.config, batch_size, max_tokens, router, weight.device, weight.dtype)
+        return Cache(self.config, batch_size, max_tokens, router, weight.device, product_dtype(weight))
 
     @torch.no_grad()
     def generate(
@@ -850,23 +859,23 @@ class MoEGPT(nn.Module):
             fed.append(chunk)
             yield chunk
 
-    def _feed(
-        self, idx: Tensor, active: Tensor, cache: Cache, padded: bool, step: Callable | None = None
-    ) -> tuple[Tensor, Chunk]:
-        """Logits (B, V) after the last token of idx (B, t), and what the model gave each of them.
-
-        active (B, t) counts only where some token may not be active, which `padded` says.
-        """
-        cache.make_room(idx.shape[1], padded)
-        logits, mask, x = (step or MoEGPT._step)(self, idx, cache, active if padded else None)
-        return logits, Chunk(idx, mask, active, x)
-
     def _step(self, idx: Tensor, cache: Cache, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, V) after the last token of idx (B, t), Chunk.mask and Chunk.last_hidden."""
         x, routings = self._trunk(idx, cache, None, active)
         masks = [routing.mask[..., : self.config.n_expert] for routing in routings]
         none = torch.empty(*idx.shape, 0, self.config.n_expert, dtype=torch.bool, device=idx.device)
         return self.head(x[:, -1]).float(), torch.stack(masks, dim=2) if masks else none, x
+
+    def _feed(
+        self, idx: Tensor, active: Tensor, cache: Cache, padded: bool, step: Callable = _step
+    ) -> tuple[Tensor, Chunk]:
+        """Logits (B, V) after the last token of idx (B, t), and what the model gave each of them.
+
+        padded: some token may not be active; otherwise active (B, t) is not looked at.
+        """
+        cache.make_room(idx.shape[1], padded)
+        logits, mask, x = step(self, idx, cache, active if padded else None)
+        return logits, Chunk(idx, mask, active, x)
 
     def expert_layers(self) -> list[MoE]:
         """The L layers that have experts, in the order of Stats."""
@@ -911,10 +920,9 @@ class MoEGPT(nn.Module):
         require(
             tied == old.tie_embeddings, "tie_embeddings", tied, f"{old.tie_embeddings} as in the checkpoint"
         )
-        where = checkpoint.get("path", "the checkpoint")
-        with door(where):
+        with door(checkpoint["path"]):
             weights = fit_state(checkpoint, model.config, model.state_dict())
-            check_shapes(model.state_dict(), weights, where)
+            check_shapes(model.state_dict(), weights, checkpoint["path"])
             model.load_state_dict(weights)
         return model
 
@@ -934,11 +942,11 @@ class MoEGPT(nn.Module):
             check_memory(2 * config.n_matrix_weights, "a model of these sizes", torch.device(device))
         with torch.device("meta"):
             model = cls(replace(config, **changes))
-        # gigabytes: only of what can be opened
+        # its config can be opened: only now fetch gigabytes
         folder = hugging_face.hf_folder(name_or_path, "model*.safetensors*")
         paths, outlines = hugging_face.file_tensors(folder)
         twice = model.config.tie_embeddings and hugging_face.NAMES["head.weight"] in outlines
-        if twice:  # until it is known to be the same
+        if twice:  # read it too, to compare it below
             model.head.weight = nn.Parameter(torch.empty_like(model.embedding.weight))
         weights = dict(model.named_parameters())
         check_shapes(hugging_face.file_views(weights, model_type, outlines), outlines, folder)
@@ -979,7 +987,7 @@ def compiled_step(gpu: bool) -> Callable:
     step = as_graph(MoEGPT._step, fullgraph=True, dynamic=False, **overhead)
 
     def run(model: MoEGPT, idx: Tensor, cache: Cache, active: Tensor | None) -> list[Tensor]:
-        torch.compiler.cudagraph_mark_step_begin()  # whose next step writes over what this one returned
+        torch.compiler.cudagraph_mark_step_begin()  # the next step overwrites what this one returns: so clone
         return [part.clone() for part in step(model, idx, cache, active)]
 
     return run
@@ -1061,9 +1069,12 @@ def save_checkpoint(path: str | Path, model: MoEGPT, weights: dict | None = None
 def load_checkpoint(path: str | Path) -> dict:
     """Read what save_checkpoint wrote, with its "path": `extra`, and what MoEGPT.from_checkpoint takes.
 
-    Raises ValueError when there is no such file, when it is damaged, or when something else wrote it.
+    A folder stands for the best.pt of the run in it, or the last.pt where no best is. Raises ValueError when
+    there is no such file, when it is damaged, or when something else wrote it.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / ("best.pt" if (path / "best.pt").is_file() else "last.pt")
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}: train a model first, or correct the path")
     with door(path, "use another, such as best.pt"):

@@ -101,7 +101,8 @@ def main(argv: list[str]) -> None:
 def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
     """Write samples to stdout and, where there are such files, a page of them and a picture of the last."""
     device, _ = pick_device(config.device)
-    checkpoint, source = (None, config.init_from) if config.init_from else load_run(config)
+    checkpoint = None if config.init_from else load_run(config)
+    source = checkpoint["path"] if checkpoint else config.init_from
     tokenizer = make_tokenizer(checkpoint.get("tokenizer"), source) if checkpoint else hf_tokenizer(source)
     prompt = encode_prompt(config.prompt, tokenizer)
     model = open_model(checkpoint, config, device)
@@ -129,16 +130,15 @@ def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
     print("\n" + summary(samples, cache, threads if device.type == "cpu" else None))
 
 
-def load_run(config: SampleConfig) -> tuple[dict, Path]:
-    """The best or last checkpoint of a run, and its path; the last, with a note, where there is no best."""
-    out_dir, which = Path(config.out_dir), config.checkpoint
+def load_run(config: SampleConfig) -> dict:
+    """The best or last checkpoint of a run; the last, with a note, where there is no best."""
+    out_dir = Path(config.out_dir)
     if not out_dir.is_dir():
         raise ValueError(f"no run at {out_dir}: give the out_dir that train.py wrote to as --out_dir")
-    path = out_dir / f"{which}.pt"
-    if which == "best" and not path.exists() and (out_dir / "last.pt").exists():
-        path = out_dir / "last.pt"
-        print(f"note: {out_dir} has no best.pt yet; {path} is used")
-    return load_checkpoint(path), path
+    checkpoint = load_checkpoint(out_dir / "last.pt" if config.checkpoint == "last" else out_dir)
+    if Path(checkpoint["path"]).stem != config.checkpoint:
+        print(f"note: {out_dir} has no best.pt yet; {checkpoint['path']} is used")
+    return checkpoint
 
 
 def open_model(checkpoint: dict | None, config: SampleConfig, device: torch.device) -> MoEGPT:

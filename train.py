@@ -22,8 +22,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from config.check import COUNT, check, door
 from config.device import (
     DTYPES,
     as_graph,
+    autocast,
     check_memory,
     compile_asked,
     keep_freed_memory,
@@ -168,7 +169,7 @@ class TrainConfig(MoEConfig):
 DATA_ORDER = ["dataset", "seed", "block_size", "batch_size", "gradient_accumulation_steps"]
 OPTIMIZER = ["optimizer", "train_only", "weights_dtype"]
 # What train.py adds to a checkpoint, for check; and the names of what each optimiser keeps of a weight.
-RUN = {"train_config": dict, "tokenizer": dict, "source_sha256": str, "data_sha256": str, "optimizers": list}
+RUN = {"train_config": dict, "tokenizer": dict, "data_sha256": str, "optimizers": list}
 RUN |= {"step": COUNT, "evaluated": range(-1, 2**63), "best": float, "scaler": dict, "rng": Tensor}
 KEPT = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "RoundingAdamW": {"mean", "square"}, "Muon": {"mean"}}
 
@@ -199,7 +200,7 @@ def read_config(argv: list[str]) -> tuple[TrainConfig, dict | None]:
         difference = ", ".join(f"{name} is {old[name]} there and {given[name]} here" for name in changed)
         remedy = "drop these or start from scratch"
         raise ValueError(f"init_from={init_from} does not fit: {difference}; {remedy}")
-    with door(checkpoint.get("path", init_from), "what is not given is as there"):
+    with door(checkpoint["path"], "what is not given is as there"):
         return TrainConfig(**old | given), checkpoint
 
 
@@ -208,11 +209,10 @@ def read_checkpoint(init_from: str, out_dir: str) -> dict:
     resume = init_from == "resume"
     if not resume and data.is_hugging_face(init_from):
         config = asdict(pretrained_config(init_from))
-        return {"config": config, "tokenizer": data.hf_tokenizer(init_from).meta}
-    path = Path(out_dir) / "last.pt" if resume else Path(init_from)
-    path = path / "best.pt" if path.is_dir() else path
-    checkpoint = load_checkpoint(path)
-    anew = f"begin a new run with its weights: --init_from={shlex.quote(str(path))}"
+        return {"path": init_from, "config": config, "tokenizer": data.hf_tokenizer(init_from).meta}
+    checkpoint = load_checkpoint(Path(out_dir) / "last.pt" if resume else init_from)
+    path = checkpoint["path"]
+    anew = f"begin a new run with its weights: --init_from={shlex.quote(path)}"
     with door(path, anew if resume else "give a checkpoint that train.py wrote"):
         check(checkpoint, RUN if resume else {"tokenizer": dict})
     return checkpoint
@@ -230,7 +230,7 @@ def open_dataset(config: TrainConfig, checkpoint: dict | None) -> tuple[TrainCon
     dataset = data.load(config.dataset)
     tokenizer = dataset.tokenizer
     meta = checkpoint and checkpoint["tokenizer"]
-    if meta and data.make_tokenizer(meta, checkpoint.get("path", "")).fingerprint != tokenizer.fingerprint:
+    if meta and data.make_tokenizer(meta, checkpoint["path"]).fingerprint != tokenizer.fingerprint:
         theirs = shlex.quote(meta["name"]) if meta.get("kind") == "hf" else "..."
         remedy = f"prepare it with the checkpoint's (prepare.py --tokenizer={theirs}), or start from scratch"
         raise ValueError(f"dataset {config.dataset} has another vocabulary than the checkpoint: {remedy}")
@@ -265,9 +265,6 @@ class Run:
     best: float = math.inf  # lowest causal validation loss so far
     saved: int = -1  # the step of last.pt
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
-
     def save(self, name: str) -> bool:
         """Write the run to a file of this name in out_dir. False if it cannot be written, which is said."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -280,7 +277,6 @@ class Run:
             "step": self.step,  # the data order is a function of it
             "evaluated": self.evaluated,
             "best": self.best,
-            "source_sha256": self.dataset.meta["source_sha256"],
             "data_sha256": self.dataset.sha256,
             "train_config": asdict(self.config),
             "tokenizer": self.dataset.tokenizer.meta,
@@ -392,7 +388,7 @@ def compile_or_explain(run: Run) -> None:
     plain = run.forward
     run.forward = as_graph(plain)
     try:
-        for router in {run.config.router_at(run.step), run.config.router}:
+        for router in dict.fromkeys((run.config.router_at(run.step), run.config.router)):
             losses(run, *batch(run, 0), router)[0].backward()
     except torch.OutOfMemoryError:
         raise
@@ -429,7 +425,7 @@ def losses(run: Run, x: Tensor, y: Tensor, router: str | None = None) -> tuple[T
     """What is minimised, the cross-entropy in it (both scalars), and the routing statistics, under a router
     (None: the one that trains now)."""
     config, router = run.config, router or run.config.router_at(run.step)
-    with run.autocast():
+    with autocast(run.device, run.dtype):
         _, loss, stats = run.forward(x, y, router=router)
     total = loss + config.balance_coef * stats.balance_loss + config.z_coef * stats.z_loss
     for layer, routing in zip(run.model.expert_layers(), stats.routing, strict=True):
@@ -540,7 +536,7 @@ def evaluate(run: Run, router: str) -> dict:
     """evaluate_text of the validation windows; a pure function of the weights."""
     config = run.config
     windows = run.dataset.val_batches(config.block_size, config.batch_size, config.eval_windows)
-    with run.autocast():
+    with autocast(run.device, run.dtype):
         return evaluate_text(run.model, windows, run.dataset.tokenizer.token_bytes, router)
 
 
@@ -795,12 +791,12 @@ def estimate(run: Run) -> str:
 def print_sample(run: Run) -> None:
     """A short text from the trained model."""
     tokenizer, config = run.dataset.tokenizer, run.config
-    prompt = tokenizer.encode(run.dataset.meta.get("prompt", "")) or [tokenizer.eot]
+    prompt = run.dataset.meta.get("prompt", "")
     generator = torch.Generator(run.device).manual_seed(config.seed)
-    idx = torch.tensor([prompt], device=run.device)
-    chunks = run.model.generate(idx, config.sample_tokens, stop=tokenizer.stops, generator=generator)
-    ids = torch.cat([chunk.tokens for chunk in chunks], dim=1)[0].tolist()
-    print("\n--- sample\n" + printable(tokenizer.decode(ids[prompt == [tokenizer.eot] :])))
+    idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=run.device)
+    _, *written = run.model.generate(idx, config.sample_tokens, stop=tokenizer.stops, generator=generator)
+    text = prompt + tokenizer.decode([chunk.tokens.item() for chunk in written])
+    print("\n--- sample\n" + printable(text))
 
 
 def main(argv: list[str]) -> None:
@@ -809,11 +805,24 @@ def main(argv: list[str]) -> None:
             config, checkpoint = read_config(argv)
             check_processes(config)
             config, dataset = open_dataset(config, checkpoint)
-        run = set_up(config, dataset, checkpoint)
+        with too_large_exits(config):
+            run = set_up(config, dataset, checkpoint)
         log = nullcontext() if rank() else prepare_out_dir(config)
         del checkpoint  # the run has its own copy, and these may be many gigabytes
-    with log:
+    with log, too_large_exits(run.config):
         run_to_the_end(run)
+
+
+@contextmanager
+def too_large_exits(config: TrainConfig) -> Iterator[None]:
+    """If the GPU's memory is too small for what is done inside: one line on stderr and exit code 2."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        remedy = f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps as much"
+        remedy = remedy if config.batch_size > 1 else "give --checkpoint_activations or a smaller model"
+        print(f"error: the GPU's memory is too small: {remedy}", file=sys.stderr)
+        sys.exit(2)
 
 
 def run_to_the_end(run: Run) -> None:
@@ -831,11 +840,6 @@ def run_to_the_end(run: Run) -> None:
                 print_sample(run)
             shown = ["--show_experts"] * bool(run.model.expert_layers())
             print(f"--- more: {command('sample.py', config, *shown)}")
-    except torch.OutOfMemoryError:
-        remedy = f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps as much"
-        remedy = remedy if config.batch_size > 1 else "give --checkpoint_activations or a smaller model"
-        print(f"error: the GPU's memory is too small: {remedy}", file=sys.stderr)
-        sys.exit(2)
     except Diverged as error:
         last = Path(config.out_dir) / "last.pt"
         remedy = f"resume {last}, which is kept," if last.exists() else "start again"
@@ -853,6 +857,7 @@ def run_to_the_end(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes
+    # a terminal may lack characters that the model writes; a pipe would show the table late
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     with distributed.joined():
         main(sys.argv[1:])

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -40,6 +40,11 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if major >= 8:
         return torch.bfloat16, f"compute capability {major}.{minor} has bfloat16"
     return torch.float16, f"compute capability {major}.{minor} lacks bfloat16"
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Matrix products in this dtype; float32 changes nothing."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def compile_asked(name: str) -> bool | None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import IO, NamedTuple, Self
@@ -36,12 +36,14 @@ from experiments import solve
 import data
 import train
 from config import PLAIN, bad_input_exits, read_file, require, results
+from config.device import autocast
 from config.files import lock, whole
 from model import MoEConfig, MoEGPT, load_checkpoint
 from router import ROUTERS, Routing
 
 RUNS = Path("out/experiments")
 CODE = ["experiments/lab.py", "experiments/solve.py", "train.py", "model.py", "router.py"]  # of the figures
+CODE += ["data/arithmetic/prepare.py"]  # which says what solves a problem
 SOURCE = b"".join((results.HOME / name).read_bytes() for name in CODE)  # as loaded: it may change later
 QUICK = 10  # --quick divides by it the judged tokens and these settings
 QUICKENED = ("max_iters", "warmup_iters", "lr_decay_iters", "first_iters", "eval_interval", "eval_windows")
@@ -83,7 +85,7 @@ class Options(results.Options):
     """What is trained."""
 
     config: str = "config/trunk.py"  # settings of train.py that all runs share
-    seeds: int | None = None  # trunks, or runs from scratch, from `seed` on (none: 2 and 3, quick 1)
+    seeds: int | None = None  # trunks or runs from scratch, from `seed` on (none: 2 trunks, 3 runs; quick: 1)
     quick: bool = False  # a tenth of iterations and of judged text, for a look in minutes
     budget: float | None = None  # minutes after which no training begins
     compile: str = "auto"  # torch.compile in training: auto, true or false
@@ -124,20 +126,19 @@ class Lab(results.Machine):
 
     @cached_property
     def shared(self) -> dict[str, object]:
-        """Settings of all arms: those of --config or of a branch, and the model's defaults.
+        """Settings of all arms: those of --config or of a branch, and train.py's defaults.
 
-        Raises ValueError where max_iters or batch_size is missing, for a seed, for a dense model, and for a k
-        above n_expert.
+        Raises ValueError where max_iters is missing, for a seed, for a dense model, and for a k above
+        n_expert.
         """
-        name = self.config.config
-        settings = asdict(MoEConfig()) | file_settings(name)
-        for key in ("max_iters", "batch_size"):
-            require(key in settings, f"{key} in {name}", "not said", "said there, for the runs to share it")
+        name, said = self.config.config, file_settings(self.config.config)
+        require("max_iters" in said, f"max_iters in {name}", "not said", "said there: --quick takes a tenth")
+        require("seed" not in said, f"seed in {name}", said.get("seed"), "given as --seed")
+        settings = asdict(train.TrainConfig()) | said
         n_expert = settings["n_expert"]
         require(n_expert > 1, f"n_expert in {name}", n_expert, "at least 2, for routers to choose from")
         k = getattr(self.config, "k", 1)
         require(k <= n_expert, "k", k, f"at most the {n_expert} experts of {name}")
-        require("seed" not in settings, f"seed in {name}", settings.get("seed"), "given as --seed")
         return settings | TUNING if self.trunk else settings
 
     @property
@@ -166,10 +167,6 @@ class Lab(results.Machine):
             return f"{seeds} runs of each arm from scratch, {name}"
         iterations = quickened(self.config, TUNING)["max_iters"]
         return f"{self.branches} branches of {iterations} iterations after each of {seeds} trunks, {name}"
-
-    def autocast(self):
-        """As in training."""
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
 def run_question(answer: Callable[[Lab], list[dict]], options: type[results.Options] = OptionsWithK) -> None:
@@ -218,7 +215,7 @@ class Arm:
     after: "Arm | None" = None  # the trunk whose last checkpoints its runs start from
     tuned: bool = True  # False: its runs are those checkpoints, opened with its settings
     rewire: Callable[[MoEGPT], None] | None = None  # changes a model before it is trained, and before judging
-    other_data: int = 0  # from the order of the data that other arms have to its own, as OTHER_DATA
+    other_data: int = 0  # its data have the order that the branch so many further on has
 
     def vary(self, **settings) -> Self:
         """An arm that differs in these settings, compared to this one."""
@@ -290,7 +287,7 @@ def rows_of(found: dict[str, Compared]) -> list[dict]:
 def mean_row(name: str, runs: dict[Start, dict], base: dict[Start, dict]) -> dict:
     """Means over runs with their standard errors, and differences to `base` over what both have."""
     row = {"what": name, "runs": len(runs)}
-    for key in next(iter(runs.values())):
+    for key in dict.fromkeys(key for figures in runs.values() for key in figures):
         values = [figures[key] for figures in runs.values() if key in figures]
         if key == "curve":
             row["curves"] = [{**start._asdict(), **curve} for start, curve in zip(runs, values)]
@@ -371,28 +368,35 @@ def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wai
     """Train a run if need be, and judge it; [] if it is missing, which a line says.
 
     What is judged is kept with the run, under a name that changes with the settings and with the code: CODE,
-    and the files of the judge, the rewiring and the router.
+    and code_of.
     """
     if not train_run(lab, arm, start, wait):
         name = f"{arm.name}, {named(start)}"
         tqdm.write(f"missing: {name}")
-        lab.missing.extend({name}.difference(lab.missing))
+        if name not in lab.missing:  # two tables of a question may share an arm
+            lab.missing.append(name)
         return []
     folder, config = run_folder(lab.config, arm, start), lab.config
-    functions = filter(None, (judge, arm.rewire, ROUTERS[arm.settings["router"]].select))
-    own = sorted({inspect.getfile(getattr(function, "func", function)) for function in functions})
-    sha = hashlib.sha256(SOURCE + b"".join(Path(name).read_bytes() for name in own))
+    sha = hashlib.sha256(SOURCE + b"".join(Path(name).read_bytes() for name in code_of(arm, judge)))
     part = arm.tuned or lab.branches
     depends = [arm.name, arm.base, sorted(arm.settings.items()), part, start, opening]
     sha.update(repr([*depends, config.quick, config.seed, str(lab.device), lab.dtype]).encode())
     kept = folder / f"judged-{sha.hexdigest()[:12]}.json"
     with nullcontext() if kept.is_file() else locked(folder, wait):
         if not kept.is_file():  # nor meanwhile
-            with lab.autocast():
+            with autocast(lab.device, lab.dtype):
                 found = list(judge(arm, open_run(lab, arm, start, **opening)))
             with whole(kept) as new:
                 new.write_text(json.dumps(found))
     return json.loads(kept.read_text())
+
+
+def code_of(arm: Arm, judge: Judge) -> list[str]:
+    """The files of the judge, the router, the rewiring, and what that was made of."""
+    functions = [judge, ROUTERS[arm.settings["router"]].select]
+    if arm.rewire:
+        functions += [arm.rewire, *inspect.getclosurevars(arm.rewire).nonlocals.values()]
+    return sorted({inspect.getfile(getattr(f, "func", f)) for f in functions if callable(f)})
 
 
 def named(start: Start) -> str:
@@ -479,8 +483,12 @@ def locked(folder: Path, wait: bool) -> Iterator[IO]:
         yield file
 
 
+@cache
 def file_settings(name: str) -> dict[str, object]:
-    """What a config file sets, without what is no setting, such as a table that it has imported."""
+    """What a config file sets, without what is no setting, such as a table that it has imported.
+
+    Read once: an edit while a question runs would give its later runs other settings.
+    """
     return {key: value for key, value in read_file(name).items() if isinstance(value, PLAIN)}
 
 
@@ -530,10 +538,7 @@ class OpenRun(NamedTuple):
 
     def changed(self, **settings) -> Self:
         """The same weights under other settings of the routing."""
-        model = deepcopy(self.model)
-        for module in (model, *model.expert_layers()):
-            module.config = replace(model.config, **settings)
-        return self._replace(model=model)
+        return self._replace(model=deepcopy(self.model).rerouted(**settings))
 
     def evaluate(self, router: str | None = None) -> dict:
         """evaluate_text of the validation windows under a router (None: the one that decodes)."""
@@ -606,9 +611,7 @@ def open_run(lab: Lab, arm: Arm, start: Start, tokens: int | None = None, **chan
     changes = {f.name: own[f.name] for f in fields(MoEConfig) if f.name in own} | changes
     settings = checkpoint["train_config"] | changes
     dataset = data.load(settings["dataset"])
-    same = checkpoint["source_sha256"] == dataset.meta["source_sha256"]
-    same = same and data.make_tokenizer(checkpoint["tokenizer"]).fingerprint == dataset.tokenizer.fingerprint
-    remedy = f"the same: delete {folder} to train it again"
+    same, remedy = checkpoint["data_sha256"] == dataset.sha256, f"the same: delete {folder} to train it again"
     require(same, f"the data in {dataset.folder}", "other than when a run was trained", remedy)
     model = MoEGPT.from_checkpoint(checkpoint, **changes).to(lab.device).eval()
     if arm.rewire:

@@ -67,7 +67,7 @@ def forward(
     weight = layer.weigh(scores, torch.ones_like(scores, dtype=torch.bool))
     mask = layer.select(ranking(logits, scores, weight, x).detach(), context, cache)
     y = layer.dispatch(x, mask, layer.weigh(scores, mask), context)
-    y = y if layer.shared is None else y + layer.share(x)
+    y = y if layer.shared is None else y + layer.run_shared(x)
     return y, Routing(logits, scores, mask)
 
 

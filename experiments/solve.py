@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -55,10 +55,9 @@ def open_model(machine: results.Machine, run: str, k: int | None = None) -> tupl
         tokenizer, model = data.hf_tokenizer(name), MoEGPT.from_pretrained(name, machine.device)
         folder = Path("out") / Path(name).resolve().name
     else:
-        path = Path(name or run)
-        path = path / "best.pt" if path.suffix != ".pt" else path
-        checkpoint, folder = load_checkpoint(path), path.parent
-        tokenizer = data.make_tokenizer(checkpoint.get("tokenizer"), path)
+        checkpoint = load_checkpoint(name or run)
+        folder = Path(checkpoint["path"]).parent
+        tokenizer = data.make_tokenizer(checkpoint.get("tokenizer"), checkpoint["path"])
         model = MoEGPT.from_checkpoint(checkpoint)
     model = model.to(machine.device).cast(machine.dtype).eval()
     return with_k(model, k) if k else model, tokenizer, folder
@@ -66,10 +65,7 @@ def open_model(machine: results.Machine, run: str, k: int | None = None) -> tupl
 
 def with_k(model: MoEGPT, k: int) -> MoEGPT:
     """The model itself, which from now on has k experts per token on average and the default bounds."""
-    changed = replace(model.config, k=k, min_experts=1, max_experts=None)
-    for module in (model, *model.expert_layers()):
-        module.config = changed
-    return model
+    return model.rerouted(k=k, min_experts=1, max_experts=None)
 
 
 def test_problems(folder: Path, per_level: int) -> list[dict]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import chain, pairwise
+from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
@@ -587,6 +588,16 @@ def test_an_oracle_gives_thirds_of_a_sequence_one_two_and_three_experts(ask, ora
     assert all(layer.state.n_taken.numel() == 0 for layer in run.model.expert_layers())
 
 
+@pytest.mark.parametrize("name", ["layers", "oracle", "scores"])
+def test_a_judgement_is_named_after_its_questions_own_file(ask, request, monkeypatch, name):
+    """The file holds how a model is rewired: another rewiring is another judgement."""
+    module, arms = request.getfixturevalue(name), []
+    monkeypatch.setattr(module, "compare", lambda lab, found: arms.extend(found))
+    module.answer(ask.lab)
+    rewired = [arm for arm in arms if arm.rewire]
+    assert rewired and all(module.__file__ in lab.code_of(arm, lab.all_figures) for arm in rewired)
+
+
 def test_layers_share_what_their_sequence_has(ask, layers, monkeypatch):
     """With a budget for each layer all spend T*K; with one for all only the sum is that of all layers."""
     allots = {}
@@ -684,6 +695,12 @@ def test_chance_is_students(runs, share):
     assert lab.chance(runs) == pytest.approx(share, abs=1e-4)
 
 
+def test_a_column_may_be_missing_in_the_first_run():
+    """A mean is over the runs that have the column."""
+    row = lab.mean_row("a", {FIRST: {"b": 1.0}, Start(1338, 1): {"b": 2.0, "c": 3.0}}, {})
+    assert row["b"][0] == 1.5 and row["c"] == [3.0, None]
+
+
 def test_the_difference_for_each_trunk_is_kept():
     runs = {Start(s, b): {"nats": float(s * b)} for s in (1, 2) for b in (1, 2)}
     row = lab.mean_row("b", runs, {start: {"nats": 1.0} for start in runs})
@@ -695,8 +712,9 @@ def test_runs_of_other_data_are_refused(own):
     here, folder = own
     arms = lab.router_arms(here, ["topk"], 2)
     assert len(lab.compare(here, arms)) == 1
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | {"source_sha256": "1" * 64}))
+    meta, text = json.loads((folder / "meta.json").read_text()), (folder / "val.bin").read_bytes()
+    (folder / "meta.json").write_text(json.dumps(meta | {"sha256": {}}))
+    (folder / "val.bin").write_bytes(text[2:] + text[:2])
     with pytest.raises(ValueError, match=r"other than when .* was trained.*delete .*runs"):
         lab.open_run(here, arms[0], FIRST)
 
@@ -1032,9 +1050,10 @@ def test_without_time_or_with_runs_that_fail_no_results_are_replaced(command, ow
     rows, out = command(*argv, "--seeds=2", "--budget=0.0", f"--json={kept}")
     assert rows == [] and "missing: topk, k=4, seed 1338" in out
     assert kept.read_text() == "mine" and "kept.json is left as it was" in out
-    with open(own[0].config.config, "a") as file:
-        file.write("learning_rate = 1e9\ngrad_clip = 0.0\nwarmup_iters = 0\n")
-    rows, out = command(*argv, "--seeds=1")
+    hot = tmp_path / "hot.py"
+    text = Path(own[0].config.config).read_text()
+    hot.write_text(text + "learning_rate = 1e9\ngrad_clip = 0.0\nwarmup_iters = 0\n")
+    rows, out = command(*argv[:-1], f"--config={hot}", "--seeds=1")
     failed = "topk, k=4, seed 1337 failed: the loss became .* at iteration"
     assert rows == [] and re.search(failed, out)
 

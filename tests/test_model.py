@@ -958,6 +958,10 @@ def sampled(**options):
 NOT_CAUSAL = [name for name, row in ROUTERS.items() if not row.causal]
 CALLS_REFUSED = [
     (lambda model: model(tokens(1, 4), active=torch.ones(1, 4) > 0), "active needs a cache.*"),
+    (
+        lambda model: model(tokens(1, 4), cache=model.new_cache(1), router="topk"),
+        "router is topk, .* online_seqtopk, the cache's.*",
+    ),
     (lambda model: model(tokens(1, 25)), "25 .* 24 .* block_size.*"),
     (lambda model: model.new_cache(1, max_tokens=1), "max_tokens is 1, .* at least 2"),
     (lambda model: next(model.generate(tokens(1, 0), 1)), ".* prompt is 0, .* at least 1"),
@@ -1015,6 +1019,18 @@ def test_autocast_leaves_the_gate_in_float32(monkeypatch):
     assert scores.dtype == stats.z_loss.dtype == stats.balance_loss.dtype == torch.float32
     assert close(scores, F.linear(seen[0].float(), layer.gate.weight).softmax(-1), 1e-6)
     assert torch.equal(mask, ref_seqtopk(scores, 2)) and close(loss, want, 0.1) and loss != want
+
+
+def test_decoding_under_autocast():
+    """A float32 model that decodes under bfloat16 autocast keeps its past in bfloat16: as many bytes, and
+    logits near those without a cache."""
+    model, idx = make(), tokens(2, 20)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        cache = model.new_cache(2)
+        assert cache.kv[0].k.dtype == torch.bfloat16
+        steps = torch.cat([model(token, cache=cache)[0] for token in idx.split(1, dim=1)], dim=1)
+        assert close(steps, model(idx, router=cache.router)[0], 0.05)
+        assert len(list(model.generate(idx[:, :4], 3))) == 4
 
 
 @each_routing

@@ -206,7 +206,8 @@ def test_a_row_that_breaks_its_word_is_refused(dataset, tmp_path, monkeypatch, c
     monkeypatch.setitem(ROUTERS, "relative", row)
     argv = flags(**TINY | {"max_iters": 1}, dataset=dataset, out_dir=tmp_path / "run", router="relative")
     if words is None:
-        return train.main(argv)
+        assert "remoe needs score_fn=relu" in error_line(capsys, train.main, *argv)
+        return train.main([*argv, "--score_fn=relu", "--norm_best=0"])
     assert re.search(words, error_line(capsys, train.main, *argv))
     assert not (tmp_path / "run").exists()
 

@@ -376,7 +376,8 @@ def test_bad_checkpoint(fails, tmp_path, tokenizer, damage):
         save_checkpoint(path, MoEGPT(MoEConfig(vocab_size=280, **SHAPE)))
     else:
         path.write_bytes({"truncated": path.read_bytes()[:-500], "empty": b"", "text": b"hello\n"}[damage])
-    assert ("tokenizer" if damage == "no tokenizer" else "best.pt") in fails(out_dir=path.parent)
+    words = {"no tokenizer": "tokenizer", "missing": "no checkpoint at"}.get(damage, "best.pt")
+    assert words in fails(out_dir=path.parent)
 
 
 def test_a_run_is_no_hugging_face_model(fails, tmp_path, tokenizer):
