@@ -1,5 +1,5 @@
-"""Fine-tuning: the optimiser that rounds at random, blocks computed again, gates alone; and the whole way
-from prompt/answer pairs and a pretrained checkpoint to exact match."""
+"""Fine-tuning: blocks computed again, gates alone; and the whole way from prompt/answer pairs and a
+pretrained checkpoint to exact match."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ import train
 from data.arithmetic.prepare import prompt_of
 from data.gsm8k import prepare
 from model import Chunk, MoE, MoEGPT, load_checkpoint
-from optimizers import RoundingAdamW, make_optimizers, round_at_random
+from optimizers import make_optimizers
 from train import TrainConfig
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -40,76 +40,6 @@ TRAIN |= {"learning_rate": 1e-3, "eval_interval": 2, "sample_tokens": 4}
 def write_problems(path, problems=PROBLEMS):
     path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return path
-
-
-# -------- the optimiser
-
-
-def test_rounding_is_unbiased():
-    """A number between two of bfloat16 becomes one of these, and on average itself; bfloat16 ones stay."""
-    draw = torch.Generator().manual_seed(0)
-    low, high = torch.tensor(0.02).bfloat16(), torch.tensor(0.02).bfloat16() * (1 + 2**-7)
-    for share in (0.1, 0.5, 0.9):
-        for sign in (1, -1):
-            x = sign * (low.float() + share * (high.float() - low.float()))
-            rounded = round_at_random(x.repeat(100_000), draw).float()
-            assert {*rounded.abs().tolist()} <= {low.item(), low.float().item() + 2**-13}
-            assert rounded.mean().item() == pytest.approx(x.item(), abs=3 * 2**-13 / 2 / 100_000**0.5 + 1e-8)
-    exact = torch.randn(1000).bfloat16()
-    assert torch.equal(round_at_random(exact.float(), draw), exact)
-
-
-ADAMW = {"lr": 0.01, "betas": (0.8, 0.9)}
-
-
-def descend(kind, weights, steps, state=None, **options):
-    """Optimise (40, 50) weights by gradients that depend on them and on the number of the step."""
-    first, second = ({"params": [w], "weight_decay": d} for w, d in zip(weights, (0.1, 0.0)))
-    optimizer = kind([first, second], **ADAMW, **options)
-    if state:
-        optimizer.load_state_dict(state)
-    for step in steps:
-        for place, weight in enumerate(weights):
-            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(10 * step + place))
-            weight.grad = (weight.detach().float() + noise).to(weight.dtype)
-        optimizer.step()
-    return optimizer.state_dict()
-
-
-def two_weights(dtype):
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(40, 50, generator=generator).to(dtype).requires_grad_() for _ in range(2)]
-
-
-def test_in_float32_it_is_torchs_adamw(monkeypatch):
-    """Float32 weights follow torch's AdamW, in pieces or not, with weight decay and without."""
-    monkeypatch.setattr(RoundingAdamW, "PIECE", 700)
-    ours, theirs = two_weights(torch.float32), two_weights(torch.float32)
-    descend(RoundingAdamW, ours, range(20), seed=1)
-    descend(torch.optim.AdamW, theirs, range(20))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-def test_its_state_resumes_to_the_last_bit():
-    """Stopped after 3 steps, saved, loaded and continued, bfloat16 weights are those of 6 steps."""
-    straight, stopped = two_weights(torch.bfloat16), two_weights(torch.bfloat16)
-    descend(RoundingAdamW, straight, range(6), seed=1)
-    state = descend(RoundingAdamW, stopped, range(3), seed=1)
-    descend(RoundingAdamW, stopped, range(3, 6), state, seed=2)
-    assert_same(straight, stopped)
-
-
-def test_small_updates_add_up():
-    """200 updates of a sixth of half the spacing arrive on average; rounded to nearest, none would."""
-    weight = torch.full((5000,), 0.02).bfloat16().requires_grad_()
-    before = weight.detach().clone()
-    optimizer = RoundingAdamW([weight], lr=1e-5, betas=(0.9, 0.95), seed=1)
-    for _ in range(200):
-        weight.grad = torch.full_like(weight, 1e-3)
-        optimizer.step()
-    assert torch.equal((before.float() - 1e-5).bfloat16(), before)
-    moved = (before.float() - weight.detach().float()).mean().item()
-    assert moved == pytest.approx(200 * 1e-5, rel=0.05)
 
 
 # -------- what learns, and what is computed again

@@ -1,19 +1,30 @@
-"""Muon against a plain loop over matrices, against torch's, and against what it is for."""
+"""Muon against a plain loop over matrices, against torch's, and against what it is for; AdamW that rounds at
+random against torch's; and which of the two has which weight of a model."""
+
+from functools import partial
 
 import pytest
 import torch
+from runs import SHAPE
 
 import optimizers
-from optimizers import Muon, orthogonalised
+import train
+from optimizers import Muon, RoundingAdamW, make_optimizers, orthogonalised, round_at_random
+from train import TrainConfig
 
 
 def descend(optimizer, weights, steps=3):
-    """Steps along random gradients, the same for equally shaped weights."""
+    """Steps along random gradients, the same for equally shaped weights, that pull these towards zero."""
     draw = torch.Generator().manual_seed(7)
     for _ in range(steps):
         for weight in weights:
-            weight.grad = torch.randn(weight.shape, generator=draw)
+            weight.grad = weight.detach() + torch.randn(weight.shape, generator=draw)
         optimizer.step()
+
+
+def muon_of(weight, **options):
+    """Of matrices that are one each."""
+    return Muon([{"params": [weight], "split": weight.shape[-1], "dim": -1}], **options)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (5, 16, 24), (5, 24, 16), (2, 3, 8, 40)])
@@ -65,21 +76,84 @@ def test_muon_is_torchs_for_matrices(shape, monkeypatch):
         "ns_coefficients": newton,
         "ns_steps": 12,
     }
-    descend(Muon([{"params": [ours], "split": shape[1], "dim": -1}], lr=0.1, seed=1), [ours])
+    descend(muon_of(ours, lr=0.1, seed=1), [ours])
     descend(torch.optim.Muon([theirs], lr=0.1, **options), [theirs])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
     assert (ours - 1).abs().max() > 0.1
 
 
-def test_bfloat16_weights_follow_float32_ones_on_average():
-    """Steps far below a weight's spacing add up, as they are rounded at random."""
-    weights = [
-        torch.ones(32, 64, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.bfloat16)
-    ]
-    for weight in weights:
-        optimizer = Muon([{"params": [weight], "split": 64, "dim": -1}], lr=1e-3, seed=3)
-        weight.grad = torch.ones_like(weight)
-        for _ in range(20):
+def test_rounding_is_unbiased():
+    """A number between two of bfloat16 becomes one of these, and on average itself; bfloat16 ones stay."""
+    draw = torch.Generator().manual_seed(0)
+    low, high = torch.tensor(0.02).bfloat16(), torch.tensor(0.02).bfloat16() * (1 + 2**-7)
+    for share in (0.1, 0.5, 0.9):
+        for sign in (1, -1):
+            x = sign * (low.float() + share * (high.float() - low.float()))
+            rounded = round_at_random(x.repeat(100_000), draw).float()
+            assert {*rounded.abs().tolist()} <= {low.item(), low.float().item() + 2**-13}
+            assert rounded.mean().item() == pytest.approx(x.item(), abs=3 * 2**-13 / 2 / 100_000**0.5 + 1e-8)
+    exact = torch.randn(1000).bfloat16()
+    assert torch.equal(round_at_random(exact.float(), draw), exact)
+
+
+def test_in_float32_it_is_torchs_adamw(monkeypatch):
+    """Float32 weights follow torch's AdamW, in pieces or not, with weight decay and without."""
+    monkeypatch.setattr(RoundingAdamW, "PIECE", 700)
+    start = torch.randn(2, 40, 50, generator=torch.Generator().manual_seed(3))
+    ours, theirs = ([weight.clone().requires_grad_() for weight in start] for _ in range(2))
+    for weights, kind in (ours, partial(RoundingAdamW, seed=1)), (theirs, torch.optim.AdamW):
+        groups = [{"params": [weight], "weight_decay": decay} for weight, decay in zip(weights, (0.1, 0.0))]
+        descend(kind(groups, lr=0.01, betas=(0.8, 0.9)), weights, 20)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weight: RoundingAdamW([weight], lr=1e-5, betas=(0.9, 0.95), seed=1),
+        lambda weight: muon_of(weight, lr=3e-4, seed=1),
+    ],
+    ids=["adamw", "muon"],
+)
+def test_small_updates_add_up(make):
+    """200 updates of about a sixth of half the spacing of bfloat16 move a weight as far, on average, as one
+    in float32; rounded to nearest, none would move it at all."""
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.full((64, 64), 0.02, dtype=dtype, requires_grad=True)
+        before, optimizer = weight.detach().clone(), make(weight)
+        weight.grad = torch.full_like(weight, 1e-3)
+        for _ in range(200):
             optimizer.step()
-    moved = [(1 - weight.float()).mean().item() for weight in weights]
-    assert moved[0] > 0 and abs(moved[1] / moved[0] - 1) < 0.15
+        moved.append((before.float() - weight.detach().float()).mean().item())
+    assert torch.equal((before.float() - moved[0] / 200).bfloat16(), before) and moved[0] > 1e-3
+    assert moved[1] == pytest.approx(moved[0], rel=0.05)
+
+
+def test_each_matrix_of_a_model_has_its_optimizer():
+    """The first step by hand. Muon has the matrices of the blocks, those side by side in qkv and w_in one by
+    one; AdamW has gates, head and embedding, which decay, and vectors, which do not."""
+    sizes = {"shared_hidden": 24, "shared_gate": True, "n_dense_layer": 1, "n_kv_head": 1, "qkv_bias": True}
+    config = TrainConfig(**SHAPE | sizes, vocab_size=50, learning_rate=0.01, weight_decay=0.1)
+    model = train.make_model(config, None)
+    kinds = [type(optimizer) for optimizer in make_optimizers(model, config)]
+    assert kinds == [torch.optim.AdamW, Muon]
+    want = []
+    for name, weight in model.named_parameters():
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(want)))
+        if weight.dim() == 1 or "gate" in name or not name.startswith("blocks."):
+            decay = 1 - 0.01 * (0.1 if weight.dim() > 1 else 0)
+            want.append(weight.detach() * decay - 0.01 * weight.grad.sign())
+            continue
+        widths, dim = [weight.shape[-1]], -1
+        if "qkv" in name:
+            widths, dim = [32, 16, 16], -2  # two heads, and one of keys and values
+        elif "w_in" in name:  # gate and up: of experts H columns each, of an nn.Linear so many rows
+            dim = -1 if weight.dim() == 3 else -2
+            widths = [weight.shape[dim] // 2] * 2
+        parts = weight.grad.split(widths, dim)
+        steps = [0.2 * max(part.shape[-2:]) ** 0.5 * orthogonalised(part) for part in parts]
+        want.append(weight.detach() - 0.01 * torch.cat(steps, dim))
+    for optimizer in make_optimizers(model, config):
+        optimizer.step()
+    torch.testing.assert_close(list(model.parameters()), want, rtol=0, atol=1e-6)
