@@ -155,6 +155,7 @@ def test_a_pretrained_model_is_tuned(tuned, olmoe):
 
 
 @needs_hf
+@pytest.mark.parametrize("tuned", ["router"], indirect=True)  # the others' ways are test_train.py's
 def test_tuning_resumes_to_the_last_bit(tuned, tmp_path):
     """Two iterations and one more, after resuming, end with the same weights and moments as three."""
     settings, folder = tuned
