@@ -450,20 +450,6 @@ def test_a_failing_write_leaves_the_old_dataset(dataset, bpe, train, val, words)
     assert contents(dataset) == before and not list(dataset.glob(".tmp-*"))
 
 
-def test_an_interrupted_move_is_no_dataset(dataset, bpe, monkeypatch):
-    """Stopped between two renames, old and new files are not taken for a dataset."""
-    replace, moved = data.os.replace, []
-
-    def failing(source, target):
-        if moved:
-            raise OSError("stopped")
-        moved.append(replace(source, target))
-
-    monkeypatch.setattr(data.os, "replace", failing)
-    refused("stopped", write_dataset, dataset, ["new"], ["new"], bpe, "0")
-    refused("has no meta.json", load, str(dataset))
-
-
 def test_what_is_no_dataset_is_refused(dataset):
     """A dataset that is truncated, empty, incomplete or has ids outside the vocabulary is refused by name,
     and an unknown name with the known ones."""
@@ -483,6 +469,8 @@ def test_what_is_no_dataset_is_refused(dataset):
     refused("has no train.bin", load, str(dataset))
     meta.write_text("{}")
     refused("meta.json: files is missing, .*; prepare it again", load, str(dataset))
+    meta.unlink()
+    refused("has no meta.json", load, str(dataset))
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path, bpe):
