@@ -88,15 +88,6 @@ def ref_online_seqtopk(
         yield from ((t, e) for e in best_experts(token)[:min_experts] + taken)
 
 
-def ref_active(scores: Tensor, active: Tensor, k: int, **how) -> Tensor:
-    """Each row as if its active tokens were all there is; no expert for the others."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    for b, real in enumerate(active):
-        if real.any():
-            mask[b, real] = ref_online_seqtopk(scores[b : b + 1, real], k, **how)[0]
-    return mask
-
-
 @of_each_sequence
 def ref_expert_choice(sequence: Sequence, k: int):
     T, E = len(sequence), len(sequence[0])
