@@ -1,19 +1,25 @@
 """Settings: what is given wins, what is wrong is one line, and --help is the dataclass itself."""
 
 import os
+import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from experiments import arithmetic, gsm8k, lab, minutes, routers, switch
+
+from bench import BenchOptions
 from config import bad_input_exits, help_text, parse
 from config import device as devices
 from config.device import decoding_threads, pick_compile
+from sample import SampleConfig
+from train import TrainConfig
 
 ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
@@ -243,6 +249,19 @@ def test_help_of_a_redeclared_field():
 
     rows = [line.split() for line in help_text(Deep).splitlines() if "--n_layer" in line]
     assert rows == ["--n_layer=int 40 layers, from the bottom up".split()]
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [TrainConfig, SampleConfig, BenchOptions, lab.OptionsWithK, routers.RouterOptions]
+    + [minutes.MinutesOptions, arithmetic.Options, gsm8k.Options, switch.Options],
+    ids=lambda cls: f"{cls.__module__}.{cls.__name__}",
+)
+def test_help_explains_every_key_of_a_script(cls):
+    """Each has its type, its default and its meaning beside it."""
+    rows = [line.strip() for line in help_text(cls).splitlines() if line.startswith("  --")]
+    assert {row.split("=")[0] for row in rows} == {f"--{field.name}" for field in fields(cls)}
+    assert len(rows) == len(fields(cls)) and all(len(re.split(r" {2,}", row)) == 3 for row in rows)
 
 
 @pytest.mark.parametrize("err", [ValueError("k = 9\nis too large"), FileNotFoundError(2, "No file", "x.pt")])
