@@ -26,7 +26,6 @@ from runs import (
     error_line,
     flags,
     when,
-    write_dataset,
 )
 
 import data
@@ -42,13 +41,6 @@ TOUCHES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncat
 RUN = TINY | {"learning_rate": 0.3, "eval_interval": 1, "max_iters": 8, "n_layer": 1, "router": "topk"}
 MODEL = MoEGPT(MoEConfig(n_layer=1, n_embd=16, vocab_size=96, qk_norm="full", norm_best=0))
 TOKENIZER = data.train_bpe(TEXT, 300, "tiny")  # here, because rustbpe's threads are not in a forked process
-
-
-@pytest.fixture(scope="module", autouse=True)
-def dataset(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "estimate", lambda run: "soon")
-        yield write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from runs import (
     flags,
     interrupt,
     when,
-    write_dataset,
 )
 
 import sample
@@ -55,11 +54,6 @@ ROUTERS["fair"] = Router(
 )
 """,
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
 @pytest.fixture(scope="module", params=FILES)
