@@ -1,4 +1,5 @@
-"""What the tests of runs share: a tiny dataset, the settings of a tiny run, and how to read what it left."""
+"""What the tests of runs share: a tiny dataset, tokenizer and model, the settings of a tiny run, and how to
+read what it left."""
 
 import json
 import signal
@@ -11,6 +12,7 @@ import torch
 import data
 import train
 from config import bad_input_exits
+from model import MoEConfig, MoEGPT
 
 ROOT = Path(__file__).parents[1]
 TEXT = [
@@ -22,6 +24,7 @@ RUN = {"block_size": 32, "batch_size": 4, "max_iters": 10, "learning_rate": 0.01
 RUN |= {"eval_interval": 5, "eval_windows": 4, "log_interval": 1, "sample_tokens": 0, "device": "cpu"}
 PLAIN = {"optimizer": "adamw", "embedding_boost": 1, "weight_decay": 0.1, "norm_best": 0}  # not the defaults
 TINY = SHAPE | RUN | PLAIN
+SMALLEST = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_expert": 8, "k": 2, "n_hidden": 8}
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)  # through lists and dictionaries
 
 
@@ -34,6 +37,26 @@ def write_dataset(folder, vocab_size=300):
     tokenizer = data.train_bpe(TEXT, vocab_size, "tiny")
     data.write_dataset(folder, ["".join(TEXT[:60])], TEXT[60:81], tokenizer, "0" * 64, prompt="def ")
     return folder
+
+
+def byte_level(texts, vocab_size, *special):
+    """A tokenizer of the library `tokenizers`, of bytes as OLMoE's and Qwen's; special tokens come first."""
+    tokenizers = pytest.importorskip("tokenizers")
+    ByteLevel, decoder = tokenizers.pre_tokenizers.ByteLevel, tokenizers.decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoder
+    how = {"initial_alphabet": ByteLevel.alphabet(), "special_tokens": [*special], "show_progress": False}
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, **how))
+    return tokenizer
+
+
+def lively(**settings):
+    """A model of random weights, larger than at the start of training, so that routing and text vary."""
+    torch.manual_seed(0)
+    model = MoEGPT(MoEConfig(**SMALLEST | settings))
+    for parameter in model.parameters():
+        parameter.data *= 5
+    return model
 
 
 def entries(folder, kind=None):

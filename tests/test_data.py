@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from runs import assert_same, contents
+from runs import assert_same, byte_level, contents
 from tiktoken_ext import openai_public
 
 import data
@@ -172,15 +172,9 @@ def save_hf(folder, tokenizer, **settings):
 
 
 @pytest.fixture
-def byte_level(tmp_path):
+def of_bytes(tmp_path):
     """A folder with a tokenizer as OLMoE's and Qwen's: of bytes, a run of spaces added, special tokens."""
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer = byte_level([TEXT], 300)
     tokenizer.add_tokens(["    "])
     tokenizer.add_special_tokens([END_OF_TEXT, "<|pad|>"])
     tokenizer.enable_truncation(3)
@@ -209,9 +203,9 @@ def byte_fallback(tmp_path):
     return save_hf(tmp_path / "byte_fallback", tokenizer)
 
 
-def test_byte_level_tokenizer_of_a_model(byte_level):
+def test_byte_level_tokenizer_of_a_model(of_bytes):
     """Any text comes back, special tokens in it are ordinary text, and single tokens give their bytes."""
-    tokenizer = hf_tokenizer(byte_level)
+    tokenizer = hf_tokenizer(of_bytes)
     for text in ("", "a", ODD, TEXT, " " * 300_000):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and tokenizer.eot not in ids
@@ -237,13 +231,13 @@ def test_byte_fallback_tokenizer_of_a_model(byte_fallback, tmp_path):
     assert train[-3:].tolist() == [1, tokenizer.encode("a")[-1], 2]
 
 
-def test_whose_tokenizer_is_used_again(byte_level, dataset, bpe):
+def test_whose_tokenizer_is_used_again(of_bytes, dataset, bpe):
     """A tokenizer of a model is its meta, too, and the same elsewhere; --tokenizer takes a Hugging Face
     folder, and the meta.json of a dataset or its folder."""
-    tokenizer = hf_tokenizer(byte_level)
+    tokenizer = hf_tokenizer(of_bytes)
     again = make_tokenizer(json.loads(json.dumps(tokenizer.meta)))
     assert again.encode(ODD) == tokenizer.encode(ODD) and again.fingerprint == tokenizer.fingerprint
-    copy = shutil.copytree(byte_level, dataset / "copy")
+    copy = shutil.copytree(of_bytes, dataset / "copy")
     for path, same in ((copy, tokenizer), (dataset, bpe), (dataset / "meta.json", bpe)):
         assert choose_tokenizer(str(path), [], 999, "x").fingerprint == same.fingerprint
 
@@ -276,12 +270,12 @@ def test_bad_tokenizers_of_models(byte_fallback, damage, words):
     refused(words, hf_tokenizer, byte_fallback)
 
 
-def test_no_network_and_no_package(byte_level, monkeypatch):
+def test_no_network_and_no_package(of_bytes, monkeypatch):
     """A name that the Hub does not give, and a missing package, are one line with the remedy."""
     monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "snapshot_download", offline)
     refused(r"nobody/nothing is no folder.*\(OSError\)", choose_tokenizer, "nobody/nothing", [], 300, "x")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    refused("needs tokenizers: pip install -r requirements-hf.txt", hf_tokenizer, byte_level)
+    refused("needs tokenizers: pip install -r requirements-hf.txt", hf_tokenizer, of_bytes)
 
 
 # ---- the loader

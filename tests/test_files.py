@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from runs import TEXT, TINY, flags, write_dataset
+from runs import TEXT, TINY, byte_level, flags, write_dataset
 from torch import Tensor
 
 import data
@@ -104,13 +104,14 @@ def write_json(said, path):
     path.write_text(json.dumps(said))
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run of one layer, some steps done by both optimisers."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one layer, some steps done by both optimisers. What a test alters it puts back."""
+    folder = tmp_path_factory.mktemp("run")
     small = {"n_layer": 1, "n_embd": 16, "n_head": 1, "n_expert": 2, "n_hidden": 8, "k": 1, "batch_size": 1}
     settings = TINY | small | {"optimizer": "muon", "max_iters": 2, "eval_interval": 2, "eval_windows": 1}
-    train.main(flags(**settings, dataset=write_dataset(tmp_path / "data"), out_dir=tmp_path / "run"))
-    return tmp_path / "run"
+    train.main(flags(**settings, dataset=write_dataset(folder / "data"), out_dir=folder / "run"))
+    return folder / "run"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -164,14 +165,8 @@ def test_altered_datasets(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_altered_hugging_face_folders(tmp_path, capfd):
     """config.json, generation_config.json, the index and the tokenizer's files."""
-    tokenizers = pytest.importorskip("tokenizers")
     pytest.importorskip("safetensors")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer = byte_level(TEXT, 280)
     tokenizer.add_special_tokens(["<|endoftext|>"])
     eot = tokenizer.token_to_id("<|endoftext|>")
     meta = {"kind": "hf", "name": "x", "json": tokenizer.to_str(), "eot": eot}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import ROOT, RUN, SHAPE, assert_same, error_line, flags
+from runs import ROOT, RUN, SHAPE, assert_same, byte_level, error_line, flags
 
 from experiments import gsm8k, lab, solve, switch
 
@@ -101,7 +101,6 @@ def problems(tmp_path_factory):
 @pytest.fixture(scope="module")
 def olmoe(tmp_path_factory):
     """A random OLMoE checkpoint in a folder, whose embedding is padded to more ids than its tokenizer has."""
-    import tokenizers
     import transformers
 
     folder = tmp_path_factory.mktemp("hf") / "olmoe"
@@ -110,9 +109,8 @@ def olmoe(tmp_path_factory):
     torch.manual_seed(0)
     model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**config, eos_token_id=0))
     model.save_pretrained(folder)
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
     texts = [f"{problem['question']} {problem['answer']}" for problem in PROBLEMS]
-    tokenizer.train_from_iterator(texts, 300, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = byte_level(texts, 300, "<|endoftext|>")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     return folder

@@ -12,33 +12,22 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from runs import error_line
+from runs import SMALLEST, byte_level, error_line, lively
 
 import sample
 from config import printable
 from data import train_bpe
-from model import MoEConfig, MoEGPT, load_checkpoint, save_checkpoint
-from router import ROUTERS
+from model import MoEGPT, load_checkpoint, save_checkpoint
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 PROMPT = "def f(x):\n    return x"
 HOSTILE = "</script><b>&\n\t\"'é🙂\\"
-SHAPE = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_expert": 8, "k": 2, "n_hidden": 8}
-
-
-def lively(**config):
-    """A model of random weights, larger than at the start of training, so that routing and text vary."""
-    torch.manual_seed(0)
-    model = MoEGPT(MoEConfig(**SHAPE | config))
-    for parameter in model.parameters():
-        parameter.data *= 5
-    return model
 
 
 def write_run(folder, *names, tokenizer, **changes):
     folder.mkdir(exist_ok=True)
     for name in names:
-        model = lively(vocab_size=tokenizer.vocab_size, **changes)
+        model = lively(block_size=32, vocab_size=tokenizer.vocab_size, **changes)
         save_checkpoint(folder / name, model, tokenizer=tokenizer.meta, step=7)
     return folder
 
@@ -64,16 +53,10 @@ def ab_run(tmp_path_factory):
 def pretrained(tmp_path_factory):
     """The folder of a tiny OLMoE in bfloat16 with random weights, and its tokenizer."""
     pytest.importorskip("safetensors")
-    bpe = pytest.importorskip("tokenizers")
-    tokenizer = bpe.Tokenizer(bpe.models.BPE())
-    tokenizer.pre_tokenizer = bpe.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = bpe.decoders.ByteLevel()
-    alphabet = bpe.pre_tokenizers.ByteLevel.alphabet()
-    trainer = bpe.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, special_tokens=["<end>"])
-    tokenizer.train_from_iterator([PROMPT] * 3, trainer)
+    tokenizer = byte_level([PROMPT] * 3, 270, "<end>")
     folder = tmp_path_factory.mktemp("pretrained") / "hf"
     meta = {"kind": "hf", "name": "tiny", "json": tokenizer.to_str(), "eot": 0}
-    model = lively(vocab_size=280, router="topk", qk_norm="full")
+    model = lively(block_size=32, vocab_size=280, router="topk", qk_norm="full")
     model.cast(torch.bfloat16).save_pretrained(folder, meta)
     return folder
 
@@ -204,7 +187,7 @@ def test_show_experts_gives_each_token_its_colour(capfd, tokenizer):
     ids = tokenizer.encode("def f")
     experts = torch.tensor([[[1, 1], [4, 4], [1, 3], [2, 3]]])
     chunk = SimpleNamespace(tokens=torch.tensor([ids[:1] * 4]), n_taken=experts)
-    sample.write([chunk], tokenizer, SHAPE["k"], sample.Sample())
+    sample.write([chunk], tokenizer, SMALLEST["k"], sample.Sample())
     text = tokenizer.decode(ids[:1])
     expected = [sample.paint(text, sample.COLOURS[i]) for i in (0, 6, 3, 5)]
     assert capfd.readouterr().out == "".join(expected) + "\n"
@@ -263,29 +246,6 @@ def test_a_pretrained_model_writes(say, pretrained):
     assert re.search(r"12 new tokens, .* (1\.[5-9]|2\.0)\d experts per token", out)
     assert "float32 on cpu" in say(f"--init_from={pretrained}", "--dtype=float32")
     assert ", 2.00 experts per token" in say(f"--init_from={pretrained}", f"--prompt={PROMPT}")
-
-
-RELATIVE = """
-from router import ROUTERS, Router
-
-def above_the_mean(scores, k):
-    return scores > scores.mean(dim=-1, keepdim=True)
-
-ROUTERS["relative"] = Router(above_the_mean, causal=True, exact=False, decode="relative")
-"""
-
-
-def test_a_file_brings_its_router(say, fails, tmp_path, tokenizer, monkeypatch):
-    """A run whose router a file defines writes if that file is given; if not, one line names the router."""
-    path = tmp_path / "relative.py"
-    path.write_text(RELATIVE)
-    monkeypatch.setitem(ROUTERS, "relative", ROUTERS["topk"])
-    folder = write_run(tmp_path / "run", "best.pt", tokenizer=tokenizer, router="relative")
-    out = say(str(path), f"--prompt={PROMPT}", out_dir=folder)
-    assert "router relative, float32" in out and n_new(out) == 12 and ", 2.00 experts" not in out
-    del ROUTERS["relative"]
-    assert "relative" in fails(out_dir=folder)
-    assert "router relative (trained with seqtopk)" in say(str(path), "--router=relative")
 
 
 def interrupt(monkeypatch, after, error=KeyboardInterrupt):
@@ -367,7 +327,7 @@ def test_bad_checkpoint(fails, tmp_path, tokenizer, damage, words):
     if damage == "missing":
         path.unlink()
     else:
-        save_checkpoint(path, MoEGPT(MoEConfig(vocab_size=280, **SHAPE)))
+        save_checkpoint(path, lively(vocab_size=280))
     assert words in fails(out_dir=path.parent)
 
 
