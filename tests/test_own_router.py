@@ -80,8 +80,16 @@ def train_with(file, **settings):
     command(train.main, *filter(None, [file]), *flags(**TINY | settings))
 
 
-def test_it_trains_and_resumes(own, dataset, tmp_path, monkeypatch):
-    """The loss falls; a run that was stopped and goes on is to the last bit the one that nothing stopped."""
+@pytest.fixture(scope="module")
+def topk_run(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("topk") / "run"
+    train_with(None, dataset=dataset, out_dir=folder, router="topk")
+    return folder
+
+
+def test_it_trains_goes_on_and_writes_as_it_is_told(own, dataset, tmp_path, monkeypatch, capsys):
+    """The loss falls. A run that was stopped goes on by the command that it prints, to the last bit as one
+    that nothing stopped, and the command at its end writes text under its router: both name its file."""
     name, file, straight = own
     losses = [entry["causal"]["loss"] for entry in entries(straight, "eval")]
     assert losses[-1] < losses[0] - 1
@@ -89,16 +97,13 @@ def test_it_trains_and_resumes(own, dataset, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         train_with(file, dataset=dataset, out_dir=tmp_path / "run", router=name)
     assert torch.load(tmp_path / "run" / "last.pt")["step"] == 3
-    command(train.main, file, *flags(init_from="resume", out_dir=tmp_path / "run"))
+    hint = re.search(r"python train.py (.*)", capsys.readouterr().out)[1]
+    command(train.main, *shlex.split(hint), "--sample_tokens=2")
     assert_same_runs(tmp_path / "run", straight)
-
-
-def test_its_run_writes_text(own, capsys):
-    """sample.py, given the file, opens the run and routes as it trained."""
-    name, file, folder = own
-    command(sample.main, file, *flags(out_dir=folder, prompt="def ", max_new_tokens=8, device="cpu"))
+    hint = re.search(r"--- more: python sample.py (.*) --show_experts", capsys.readouterr().out)[1]
+    command(sample.main, *shlex.split(hint), *flags(prompt="def ", max_new_tokens=8, device="cpu"))
     out = capsys.readouterr().out
-    assert "\ndef " in out and f"router {name}" in out
+    assert "\ndef " in out and f"router {name}, " in out
 
 
 def test_without_its_file_it_is_refused(own, capsys):
@@ -115,16 +120,23 @@ def test_without_its_file_it_is_refused(own, capsys):
         assert "defined in a file that is given too: python SCRIPT.py FILE.py" in err
 
 
-def test_a_topk_run_goes_on_under_it(own, dataset, tmp_path):
-    """A TopK run of the same architecture opens under it and gets better still."""
+def test_a_topk_run_goes_on_under_it(own, topk_run, dataset, tmp_path, capsys):
+    """A TopK run of the same architecture opens under it and gets better still. As it is it writes text under
+    a router that learns nothing, and under no other."""
     name, file, _ = own
-    train_with(None, dataset=dataset, out_dir=tmp_path / "topk", router="topk")
-    train_with(file, init_from=tmp_path / "topk", dataset=dataset, out_dir=tmp_path / "run", router=name)
-    before, after = (entries(tmp_path / run, "eval")[-1]["causal"]["loss"] for run in ("topk", "run"))
+    train_with(file, init_from=topk_run, dataset=dataset, out_dir=tmp_path / "run", router=name)
+    before, after = (entries(run, "eval")[-1]["causal"]["loss"] for run in (topk_run, tmp_path / "run"))
     assert after < before and torch.load(tmp_path / "run" / "last.pt")["config"]["router"] == name
+    argv = file, *flags(out_dir=topk_run, router=name, max_new_tokens=2, device="cpu")
+    if name == "fair":
+        err = error_line(capsys, lambda argv: command(sample.main, *argv), *argv)
+        assert "router is fair, but must be " in err and "learned" in err
+    else:
+        command(sample.main, *argv)
+        assert "router relative (trained with topk)" in capsys.readouterr().out
 
 
-def test_state_loss_and_update_all_count(dataset, tmp_path):
+def test_state_loss_and_update_all_count(topk_run, dataset, tmp_path):
     """Without update the state stays, and `fair` is TopK to the last bit; with it routing changes, and with
     loss the weights do as well. The state is saved with each layer."""
     texts = {
@@ -142,8 +154,7 @@ def test_state_loss_and_update_all_count(dataset, tmp_path):
             head_start = models[name][f"blocks.{layer}.mlp.state.head_start"]
             assert models[name][f"blocks.{layer}.mlp.state.updates"] == updates
             assert head_start.any() == (updates > 0) and head_start.sum().abs() < 1e-6
-    train_with(None, dataset=dataset, out_dir=tmp_path / "topk", router="topk")
-    topk = torch.load(tmp_path / "topk" / "last.pt")["model"]
+    topk = torch.load(topk_run / "last.pt")["model"]
     assert_same({key: models["no update"][key] for key in topk}, topk)
     heads = [model["head.weight"] for model in models.values()]
     assert not any(torch.equal(heads[a], heads[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
@@ -226,15 +237,3 @@ def test_a_state_is_not_inherited_from_another_router(dataset, tmp_path):
     train_with(file, router="fair", **more)
     weights = torch.load(tmp_path / "fair" / "last.pt")["model"]
     assert weights["blocks.0.mlp.state.updates"] == 2 and "blocks.0.mlp.state.cutoff" not in weights
-
-
-def test_hints_name_the_file(own, dataset, tmp_path, capsys, monkeypatch):
-    """What train.py says to type next, after Ctrl-C and at the end, works: it names the router's file."""
-    name, file, _ = own
-    when(monkeypatch, 2, interrupt)
-    with pytest.raises(SystemExit):
-        train_with(file, dataset=dataset, out_dir=tmp_path / "run", router=name)
-    hint = re.search(r"python train.py (.*)", capsys.readouterr().out)[1]
-    command(train.main, *shlex.split(hint), "--sample_tokens=2")
-    hint = re.search(r"--- more: python sample.py (.*)", capsys.readouterr().out)[1]
-    command(sample.main, *shlex.split(hint), "--max_new_tokens=2", "--device=cpu")
