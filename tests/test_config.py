@@ -1,27 +1,40 @@
 """Settings: what is given wins, what is wrong is one line, and --help is the dataclass itself."""
 
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
-from pathlib import Path
+from functools import cache
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 import torch
+from runs import ROOT
 
 from experiments import arithmetic, gsm8k, lab, minutes, routers, switch
 
 from bench import BenchOptions
 from config import bad_input_exits, help_text, parse
 from config import device as devices
-from config.device import decoding_threads, pick_compile
+from config.device import (
+    REPAID_STEPS,
+    decoding_threads,
+    pick_compile,
+    pick_compiled_decoding,
+    pick_device,
+    pick_dtype,
+)
+from router import ROUTERS
 from sample import SampleConfig
 from train import TrainConfig
 
-ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @dataclass(frozen=True)
@@ -264,6 +277,30 @@ def test_help_explains_every_key_of_a_script(cls):
     assert len(rows) == len(fields(cls)) and all(len(re.split(r" {2,}", row)) == 3 for row in rows)
 
 
+@cache
+def keys_of(script):
+    """The settings that its --help lists."""
+    out = io.TextIOWrapper(io.BytesIO())
+    patched = patch.object(sys, "argv", [script, "--help"]), patch.dict(ROUTERS)
+    with patched[0], patched[1], redirect_stdout(out), pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    out.seek(0)
+    return {*re.findall(r"^  --(\w+)=", out.read(), re.M), "help"}
+
+
+def test_commands_that_are_shown_are_accepted():
+    """A line `python SCRIPT.py FILE.py --key=value` of a text names files that are there, and known keys."""
+    texts, shown = "*.md *.py config/*.py data/*/*.py experiments/*.md experiments/*.py".split(), 0
+    for path in (path for pattern in texts for path in ROOT.glob(pattern)):
+        text = path.read_text().replace("\\\n", "")
+        for script, rest in re.findall(r"(?:python|nproc_per_node=\d) ([a-z/]+\.py)([^`\n]*)", text):
+            files, keys = re.findall(r" ([a-z]+/\w+\.py)", rest), {*re.findall(r" --(\w+)", rest)}
+            assert all((ROOT / file).is_file() for file in [script, *files]), (path, script, files)
+            assert not keys or keys <= keys_of(script), (path, script, keys)
+            shown += 1
+    assert shown > 50
+
+
 @pytest.mark.parametrize("err", [ValueError("k = 9\nis too large"), FileNotFoundError(2, "No file", "x.pt")])
 def test_bad_input_exits_with_one_line(capsys, err):
     """What a user did wrong is one line on stderr, nothing on stdout, and exit code 2."""
@@ -321,6 +358,39 @@ def test_a_closed_pipe_is_no_error(script):
 def test_compile_is_written_as_switches_are(text):
     """In any case."""
     assert pick_compile(text, torch.device("cpu"), torch.float32) == (False, "as asked")
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_auto_on_a_gpu(monkeypatch, capability, dtype):
+    """bfloat16 from compute capability 8.0 on, and there the compiler; float16 and none before."""
+    gpu = {"is_available": True, "get_device_name": "X", "get_device_capability": capability}
+    for name, value in gpu.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    device, why = pick_device("auto")
+    found, _ = pick_dtype("auto", device)
+    assert (device.type, why, found) == ("cuda", "X", getattr(torch, dtype))
+    assert pick_compile("auto", device, found)[0] == (dtype == "bfloat16")
+
+
+def test_auto_without_a_gpu(monkeypatch):
+    """float32, uncompiled; but decoding is compiled where there is a compiler, which so many tokens repay."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device, _ = pick_device("auto")
+    assert device.type == "cpu" and pick_dtype("auto", device)[0] == torch.float32
+    assert not pick_compile("auto", device, torch.bfloat16)[0]
+    for compiler, chosen in ((sys.executable, [False, True]), ("no-compiler", [False, False])):
+        monkeypatch.setenv("CXX", compiler)
+        assert [pick_compiled_decoding("auto", REPAID_STEPS - n)[0] for n in (1, 0)] == chosen
+    with pytest.raises(ValueError, match=r"compile is true, .* where there is no C.. compiler"):
+        pick_compiled_decoding("true", 1)
+
+
+def test_what_training_and_writing_need():
+    """Neither the packages that only some need nor, of a router, the model."""
+    others = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "matplotlib")
+    code = f"import sys; sys.modules |= dict.fromkeys({others}); import router"
+    code += "; assert 'model' not in sys.modules; import train, sample"
+    subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
 
 
 LOADS = {f"2.5 1.2 0.8 {running}/345 6789\n": n for running, n in ((0, 3), (1, 3), (2, 3), (3, 2), (9, 1))}
