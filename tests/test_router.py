@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import router
 from model import MoEGPT
@@ -494,6 +495,33 @@ def test_routers_neither_read_back_nor_loop_over_tokens(name):
         n_ops.append(count.n)
         assert (mask.shape, mask.dtype, mask.device.type) == ((1, T, 8), torch.bool, "meta")
     assert 0 < n_ops[1] <= 2 * n_ops[0]
+
+
+class CountElements(TorchDispatchMode):
+    """Counts the elements of all inputs; of a row that is searched, which halves its way, so many bits."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        seen = list(args)
+        if func is torch.ops.aten.searchsorted.Tensor:
+            row, values, *_ = args
+            seen, self.n = [values], self.n + values.numel() * row.shape[-1].bit_length()
+        self.n += sum(x.numel() for x in tree_leaves((seen, kwargs)) if isinstance(x, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_the_cache_never_scans_the_past():
+    """With 16 times the tokens before it, and the room for them, it touches hardly more elements."""
+    touched = []
+    for T in 200, 3200:
+        past, token = make_scores("sigmoid", 2, T + 1, 8).split([T, 1], 1)
+        cache = ExpertCache(2, T + 1, 2, 8)
+        cache.select(past)
+        with CountElements() as count:
+            cache.select(token)
+        touched.append(count.n)
+    assert touched[0] < touched[1] < 1.01 * touched[0]
 
 
 def test_the_cache_reads_nothing_back():
