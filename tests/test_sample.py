@@ -320,7 +320,9 @@ def test_characters_that_the_tokenizer_lacks(fails, ab_run):
     assert "'é'" in fails("--prompt=abé", out_dir=ab_run)
 
 
-@pytest.mark.parametrize(("damage", "words"), [("missing", "best.pt"), ("no tokenizer", "tokenizer")])
+@pytest.mark.parametrize(
+    ("damage", "words"), [("missing", "no checkpoint at"), ("no tokenizer", "tokenizer is None")]
+)
 def test_bad_checkpoint(fails, tmp_path, tokenizer, damage, words):
     """A checkpoint that is missing, or knows no tokenizer, is refused."""
     path = write_run(tmp_path / "run", "best.pt", tokenizer=tokenizer) / "best.pt"
