@@ -102,6 +102,10 @@ class Bench(results.Machine):
     def compile(self) -> bool:
         return pick_compile(self.config.compile, self.device, self.dtype)[0]
 
+    @property
+    def compiles_decoding(self) -> bool:
+        return pick_compiled_decoding(self.config.compile, 10**9, self.device, self.dtype)[0]
+
     def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
         return as_graph(function, fullgraph=fullgraph) if self.compile else function
 
@@ -352,7 +356,7 @@ def bench_decode(bench: Bench) -> list[dict]:
     and of the cached context), over its time, as a share of what a plain copy of 256 MB reads and writes a
     second.
     """
-    rows, given, can_compile = [], bench.config, pick_compiled_decoding(bench.config.compile, 10**9)[0]
+    rows, given, can_compile = [], bench.config, bench.compiles_decoding
     contexts = [given.tokens] if given.tokens else [256, 512, 1024, 2048, 4096][:: 1 if bench.gpu else 2]
     batch_sizes = [given.batch_size] if given.batch_size else [1, 16]
     for shape in [given.shape] if given.shape else ["heavy", "small", "tiny"]:
@@ -518,7 +522,7 @@ def bench_peers(bench: Bench) -> list[dict]:
 
         training = rows("training", size.batch_size * size.tokens, 1.5 if bench.gpu else 1.3, kinds[:3])
         writing = rows("generation", size.tokens // 2, 8 if bench.gpu else 1.7, kinds)
-        if not pick_compiled_decoding(bench.config.compile, 10**9)[0]:
+        if not bench.compiles_decoding:
             return training + writing
         goal = 8 if bench.gpu else 2.7
         return training + writing + rows("compiled generation", size.tokens // 2, goal, kinds)

@@ -366,9 +366,12 @@ class Attention(nn.Module):
         visible, causal = context.visible, context.visible is None and T > 1
         if visible is not None:
             k, v = (part[:, :, : visible.shape[-1]] for part in (kv.k, kv.v))  # (B, n_kv_head, bucket, D)
-        gqa = self.n_kv_head != self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=gqa)
-        return self.out(y.transpose(1, 2).flatten(2))
+        grouped = self.n_kv_head != self.n_head
+        if grouped and visible is not None:  # no fast kernel takes both: a group's queries stand in one row
+            q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, n_kv_head, group * T, D)
+            visible, grouped = visible.repeat(1, 1, self.n_head // self.n_kv_head, 1), False
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=grouped)
+        return self.out(y.reshape(B, self.n_head, T, self.head_dim).transpose(1, 2).flatten(2))
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -843,11 +846,12 @@ class MoEGPT(nn.Module):
     ) -> Iterator[Chunk]:
         """`generate` after its prompt, of which the model made `logits` and `chunk`."""
         fed, half = [chunk], cache.max_tokens // 2
+        ends = None if stop is None else torch.tensor(stop, device=logits.device)
         alive = torch.ones_like(chunk.active[:, :1])
         for _ in range(max_new_tokens):
             token = draw(logits)  # (B, 1)
-            if stop is not None:
-                alive = alive & (token != torch.tensor(stop, device=token.device)).all(-1, keepdim=True)
+            if ends is not None:
+                alive = alive & (token != ends).all(-1, keepdim=True)
                 if not alive.any():
                     return
             if cache.pos == cache.max_tokens:
@@ -982,7 +986,7 @@ class MoEGPT(nn.Module):
 @lru_cache
 def compiled_step(gpu: bool) -> Callable:
     """MoEGPT._step by torch.compile: one graph for each size of its inputs and bucket of its cache; on a GPU
-    a CUDA graph. What it returns is the caller's to keep."""
+    to be captured as a CUDA graph (owed: experiments/README.md). What it returns is the caller's to keep."""
     overhead = {"mode": "reduce-overhead"} if gpu else {"options": {"cpp_wrapper": True}}  # a tenth of a step
     step = as_graph(MoEGPT._step, fullgraph=True, dynamic=False, **overhead)
 

@@ -424,9 +424,9 @@ def rise_of_root(scores: Tensor) -> Tensor:
     scores (..., E), none below 0 -> (..., E), in the order of the scores.
     """
     ranked, expert_ids = scores.float().sort(dim=-1, descending=True, stable=True)
-    root = ranked.cumsum(-1).sqrt()
+    root = ranked.double().cumsum(-1).sqrt()  # in float32 the order of the sums, a device's own, shows
     rise = ranked / (root + F.pad(root[..., :-1], (1, 0))).clamp(min=1e-20)  # root.diff() rounds more
-    return torch.empty_like(rise).scatter_(-1, expert_ids, rise)
+    return torch.empty_like(ranked).scatter_(-1, expert_ids, rise.float())
 
 
 def seqtopk_root(scores: Tensor, k: int, **options) -> Tensor:

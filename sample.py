@@ -62,7 +62,7 @@ class SampleConfig:
     temperature: float = TEMPERATURE  # 0: always the likeliest token
     top_k: int | None = None  # draw from so many likeliest tokens only
     top_p: float | None = TOP_P  # draw from the likeliest tokens that hold this much probability
-    seed: int = 1337  # same seed, same text
+    seed: int = 1337  # same seed, same text (on a CPU; a GPU may round differently each time)
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     dtype: str = "auto"  # auto (a Hugging Face model's own), float32, bfloat16 or float16
     compile: str = "auto"  # compile the step of a token: auto (where many steps repay it), true or false
@@ -115,7 +115,8 @@ def run(config: SampleConfig, html: TextIO | None, svg: TextIO | None) -> None:
     if needed > (window := cache.max_tokens):
         again = f"the newest {window // 2} are fed again, their experts chosen anew"
         about.append(f"note: past block_size = {window} tokens, {again}")
-    compile, why = pick_compiled_decoding(config.compile, config.num_samples * config.max_new_tokens)
+    steps = config.num_samples * config.max_new_tokens
+    compile, why = pick_compiled_decoding(config.compile, steps, device, model.head.weight.dtype)
     about.append(f"compile: {str(compile).lower()} ({why})")
     print(*about, sep="\n")
     if config.show_experts:

@@ -794,7 +794,8 @@ def print_sample(run: Run) -> None:
     prompt = run.dataset.meta.get("prompt", "")
     generator = torch.Generator(run.device).manual_seed(config.seed)
     idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=run.device)
-    _, *written = run.model.generate(idx, config.sample_tokens, stop=tokenizer.stops, generator=generator)
+    with autocast(run.device, run.dtype):
+        _, *written = run.model.generate(idx, config.sample_tokens, stop=tokenizer.stops, generator=generator)
     text = prompt + tokenizer.decode([chunk.tokens.item() for chunk in written])
     print("\n--- sample\n" + printable(text))
 

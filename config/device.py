@@ -13,6 +13,7 @@ import torch
 
 from config import require
 
+BFLOAT16_ONLY = "grouped_mm compiles in bfloat16 only"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,7 +63,7 @@ def pick_compile(name: str, device: torch.device, dtype: torch.dtype) -> tuple[b
     if device.type != "cuda":
         return False, "compiling takes longer than it saves on short CPU runs"
     if dtype != torch.bfloat16:
-        return False, "grouped_mm compiles in bfloat16 only"
+        return False, BFLOAT16_ONLY
     return True, "bfloat16 on a GPU"
 
 
@@ -88,14 +89,20 @@ REPAID_STEPS = 20_000  # compiling took 18 to 26 s and saved 1.6 to 2.7 ms a ste
 LOAD = Path("/proc/loadavg")
 
 
-def pick_compiled_decoding(name: str, steps: int) -> tuple[bool, str]:
+def pick_compiled_decoding(
+    name: str, steps: int, device: torch.device, dtype: torch.dtype
+) -> tuple[bool, str]:
     """Whether to compile the step of MoEGPT.generate (auto: where so many steps repay it), and why.
 
-    Raises ValueError for other names, and for true where no C++ compiler is found.
+    Raises ValueError for other names, and for true where it cannot be done: on a GPU in another dtype than
+    bfloat16, and without a C++ compiler.
     """
     asked = compile_asked(name)
     if asked is False:
         return False, "as asked"
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        require(not asked, "compile", name, f"auto or false on a GPU in {dtype}: {BFLOAT16_ONLY}")
+        return False, BFLOAT16_ONLY
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if not shutil.which(compiler):
         require(not asked, "compile", name, f"auto or false where there is no C++ compiler ({compiler})")

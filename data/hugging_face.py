@@ -86,7 +86,8 @@ class HFTokenizer:
     `meta`: kind "hf", name, json (the text of tokenizer.json), eot (the id of end-of-text). Byte-level BPE
     (GPT-2, OLMoE, Qwen), or BPE of characters that falls back to bytes (Mixtral), where a text comes back
     with the space that the tokenizer puts before it, and before each of a long text's `pieces`. Special
-    tokens in a text are ordinary text, as in Tokenizer. ValueError if `meta` is not such a dictionary, or the tokenizer is of another kind.
+    tokens in a text are ordinary text, as in Tokenizer. ValueError if `meta` is not such a dictionary, or the
+    tokenizer is of another kind.
     """
 
     def __init__(self, meta: dict):

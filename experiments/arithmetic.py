@@ -27,7 +27,7 @@ def answer(lab: Lab) -> list[dict]:
     config = lab.config
     model, tokenizer, folder = solve.open_model(lab, "out/arithmetic_seqtopk", config.k)
     problems = solve.test_problems(data.load("arithmetic").folder, config.problems)
-    compile = config.compiles(len(problems), ANSWER_TOKENS)
+    compile = config.compiles(model, len(problems), ANSWER_TOKENS)
     solved = solve.solve(model, tokenizer, problems, config.router, config.batch_size, compile)
     name = f"{folder}, router {config.router or ROUTERS[model.config.router].decode}"
     rows = []

@@ -56,7 +56,7 @@ def answer(lab: Lab) -> list[dict]:
     name = f"gsm8k-{router}-{config.shots}shot-{identity(model, lab.dtype, router, before)}.jsonl"
     answers = read_answers(folder / name)
     todo = sorted(dict.fromkeys(p for p in prompts if p not in answers), key=len)  # little padding
-    compile = config.compiles(len(todo), ANSWER_TOKENS)
+    compile = config.compiles(model, len(todo), ANSWER_TOKENS)
     for start in tqdm(range(0, len(todo), config.batch_size), unit="batch", disable=None):
         some = todo[start : start + config.batch_size]
         new = dict(zip(some, solve.answer_prompts(model, tokenizer, some, ANSWER_TOKENS, router, compile)))

@@ -20,6 +20,7 @@ from data.arithmetic.prepare import is_correct, prompt_of
 from model import Chunk, MoEGPT, load_checkpoint
 
 FINAL_LINE = re.compile(r"####[^\n]*[0-9][^\n]*\n")  # result_of takes its number
+WHOLE = 256  # tokens: caches hold a multiple, because a compiled step has a graph for each size
 CHECK_EVERY = 16  # tokens from one look for final answers to the next
 Solved = tuple[bool, float]  # whether an answer is right, and its mean experts per token
 
@@ -40,9 +41,10 @@ class DecodeOptions(Options):
     compile: str = "auto"  # compile the step of a token: auto (where many steps repay it), true or false
     batch_size: int = 100  # problems at once
 
-    def compiles(self, problems: int, tokens: int) -> bool:
+    def compiles(self, model: MoEGPT, problems: int, tokens: int) -> bool:
         """Whether to compile for so many answers of up to so many tokens."""
-        return pick_compiled_decoding(self.compile, math.ceil(problems / self.batch_size) * tokens)[0]
+        steps, weight = math.ceil(problems / self.batch_size) * tokens, model.head.weight
+        return pick_compiled_decoding(self.compile, steps, weight.device, weight.dtype)[0]
 
 
 def open_model(machine: results.Machine, run: str, k: int | None = None) -> tuple[MoEGPT, AnyTokenizer, Path]:
@@ -110,7 +112,8 @@ def answer_prompts(
     device, pad = model.head.weight.device, partial(pad_sequence, batch_first=True, padding_side="left")
     ids = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
     idx, active = pad(ids).to(device), pad([torch.ones_like(p).bool() for p in ids]).to(device)
-    cache = model.new_cache(len(prompts), idx.shape[1] + room, router)
+    needed = -(-(idx.shape[1] + room) // WHOLE) * WHOLE
+    cache = model.new_cache(len(prompts), needed, router)
     chunks = []
     options = {"temperature": 0, "stop": tokenizer.stops, "active": active, "compile": compile}
     for chunk in model.generate(idx, room, cache, **options):

@@ -370,6 +370,10 @@ def test_auto_on_a_gpu(monkeypatch, capability, dtype):
     found, _ = pick_dtype("auto", device)
     assert (device.type, why, found) == ("cuda", "X", getattr(torch, dtype))
     assert pick_compile("auto", device, found)[0] == (dtype == "bfloat16")
+    monkeypatch.setenv("CXX", sys.executable)
+    assert pick_compiled_decoding("auto", REPAID_STEPS, device, found)[0] == (dtype == "bfloat16")
+    with pytest.raises(ValueError, match=r"compile is true, .*float16: grouped_mm compiles in bfloat16"):
+        pick_compiled_decoding("true", 1, device, torch.float16)
 
 
 def test_auto_without_a_gpu(monkeypatch):
@@ -380,9 +384,10 @@ def test_auto_without_a_gpu(monkeypatch):
     assert not pick_compile("auto", device, torch.bfloat16)[0]
     for compiler, chosen in ((sys.executable, [False, True]), ("no-compiler", [False, False])):
         monkeypatch.setenv("CXX", compiler)
-        assert [pick_compiled_decoding("auto", REPAID_STEPS - n)[0] for n in (1, 0)] == chosen
+        steps = (REPAID_STEPS - 1, REPAID_STEPS)
+        assert [pick_compiled_decoding("auto", n, device, torch.float32)[0] for n in steps] == chosen
     with pytest.raises(ValueError, match=r"compile is true, .* where there is no C.. compiler"):
-        pick_compiled_decoding("true", 1)
+        pick_compiled_decoding("true", 1, device, torch.float32)
 
 
 def test_what_training_and_writing_need():

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from runs import RUN, entries, flags
+from runs import SHAPE as TINY
 
-from model import MoEConfig, MoEGPT, run_experts
-from router import ROUTERS, topk
+import train
+from model import MoEConfig, MoEGPT, compiled_step, run_experts
+from router import ROUTERS, ExpertCache, topk
 from tests.cases import make_scores, select
 from tests.reference import ref_run_experts
 
@@ -38,6 +41,69 @@ def test_routers_agree_with_the_cpu(name):
     """A mask does not depend on the device, ties included."""
     scores = make_scores("four_levels", 3, 100, 16)
     assert torch.equal(select(name, scores.cuda(), 3).cpu(), select(name, scores, 3))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_spare_rows_add_nothing(grad):
+    """With more rows than pairs, on memory full of NaN, as often as it is asked for."""
+    torch.manual_seed(0)
+    S, C, H, E = 128, 64, 32, 8
+    x, w_in, w_out = (
+        torch.randn(*size, device="cuda").bfloat16() for size in ((S, C), (E, C, 2 * H), (E, H, C))
+    )
+    mask, weight = topk(torch.rand(1, S, E), 2)[0].cuda(), torch.rand(S, E, device="cuda")
+    found = []
+    for max_pairs in (2 * S, S * E, S * E):
+        dirty = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(8)]
+        del dirty
+        inputs = [t.clone().requires_grad_(grad) for t in (x, weight, w_in, w_out)]
+        with torch.set_grad_enabled(grad):
+            y = run_experts(inputs[0], mask, *inputs[1:], max_pairs)
+        if grad:
+            y.square().sum().backward()
+        found.append([y.detach(), *(t.grad for t in inputs if grad)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("router", ["topk", "online_seqtopk"])
+def test_decoding_under_autocast(router):
+    """Float32 weights, a past in bfloat16: logits near those of the forward."""
+    torch.manual_seed(0)
+    model, idx = MoEGPT(MoEConfig(**SHAPE, router=router)).cuda(), torch.randint(64, (2, 40)).cuda()
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        cache = model.new_cache(2)
+        steps = torch.cat([model(token, cache=cache)[0] for token in idx.split(1, dim=1)], dim=1)
+        assert torch.allclose(steps, model(idx)[0], atol=5e-2)
+
+
+@pytest.mark.parametrize("router", ["topk", "online_seqtopk", "online_seqtopk_root"])
+def test_a_compiled_step_is_the_eager_one(router):
+    """In bfloat16, token by token, beyond a bucket and a merge of the Expert Caches."""
+    torch.manual_seed(0)
+    shape = SHAPE | {"block_size": 256, "router": router}
+    model = MoEGPT(MoEConfig(**shape)).cuda().cast(torch.bfloat16).eval()
+    caches, step = [model.new_cache(1, 200) for _ in range(2)], compiled_step(True)
+    with torch.no_grad():
+        for token in torch.randint(64, (ExpertCache.RECENT + 80, 1, 1)).cuda():
+            for cache in caches:
+                cache.make_room(1, False)
+            eager, compiled = model._step(token, caches[0], None), step(model, token, caches[1], None)
+            assert torch.allclose(compiled[0], eager[0], atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("compile", [True, False])
+def test_training_learns_and_resumes(dataset, tmp_path, dtype, compile):
+    """With Muon and AdamW, and a scaler in float16: the loss falls, and a run goes on from its checkpoint."""
+    if compile and dtype == "float16":
+        pytest.skip("grouped_mm compiles in bfloat16 only")
+    more = {"device": "cuda", "dtype": dtype, "compile": compile, "dataset": dataset, "out_dir": tmp_path}
+    train.main(flags(**TINY | RUN | more | {"sample_tokens": 5}))
+    train.main(flags(init_from="resume", out_dir=tmp_path, max_iters=20))
+    first, *_, last = (line["loss"] for line in entries(tmp_path, "train"))
+    assert last < first - 0.1
 
 
 def test_decoding_with_caches_equals_the_forward_without():

@@ -687,7 +687,7 @@ def compiling(monkeypatch):
     compiled_step.cache_clear()
 
 
-NO_COMPILER = not pick_compiled_decoding("auto", 10**9)[0]
+NO_COMPILER = not pick_compiled_decoding("auto", 10**9, torch.device("cpu"), torch.float32)[0]
 
 
 @pytest.mark.parametrize(
