@@ -367,7 +367,7 @@ class Attention(nn.Module):
         if visible is not None:
             k, v = (part[:, :, : visible.shape[-1]] for part in (kv.k, kv.v))  # (B, n_kv_head, bucket, D)
         grouped = self.n_kv_head != self.n_head
-        if grouped and visible is not None:  # no fast kernel takes both: a group's queries stand in one row
+        if grouped and visible is not None:  # on a GPU no fast kernel takes both: groups become rows
             q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, n_kv_head, group * T, D)
             visible, grouped = visible.repeat(1, 1, self.n_head // self.n_kv_head, 1), False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=grouped)
@@ -466,7 +466,7 @@ torch.library.register_fake(OP, lambda x, *others: torch.empty_like(x, dtype=tor
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Of matrix products with x: autocast's, of which grouped_mm and caches know nothing, or x's own."""
+    """Of matrix products with x: autocast's, of which grouped_mm and caches know nothing, or x's dtype."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -70,7 +70,7 @@ def seqtopk(scores: Tensor, k: int, min_experts: int = 1, max_experts: int | Non
     candidates = values[..., min_experts:].reshape(B, -1)  # (B, T*c)
     best = candidates.argsort(dim=-1, descending=True, stable=True)[:, : T * (k - min_experts)]
     taken = torch.zeros_like(candidates, dtype=torch.bool).scatter_(-1, best, True)
-    n_taken = taken.view(B, T, -1).sum(-1)  # how many says which: candidates are ranked
+    n_taken = taken.view(B, T, -1).sum(-1)  # the count says which: candidates are ranked
     return take_best(scores, expert_ids, min_experts + n_taken)
 
 
@@ -631,7 +631,7 @@ ROUTERS["remoe"] = Router(
     update=update_l1_coef,
 )
 
-BOUNDED = [name for name, row in ROUTERS.items() if row.bounded]  # of those above
+BOUNDED = [name for name, row in ROUTERS.items() if row.bounded]  # names; a user's own is not among them
 
 
 # -------------------- losses and a bias that balance the load ---------------------------------------------

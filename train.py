@@ -821,8 +821,8 @@ def too_large_exits(config: TrainConfig) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         remedy = f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps as much"
-        remedy = remedy if config.batch_size > 1 else "give --checkpoint_activations or a smaller model"
-        print(f"error: the GPU's memory is too small: {remedy}", file=sys.stderr)
+        remedy = remedy if config.batch_size > 1 else "give --checkpoint_activations"
+        print(f"error: the GPU's memory is too small: {remedy}, or take a smaller model", file=sys.stderr)
         sys.exit(2)
 
 

@@ -95,7 +95,7 @@ def pick_compiled_decoding(
     """Whether to compile the step of MoEGPT.generate (auto: where so many steps repay it), and why.
 
     Raises ValueError for other names, and for true where it cannot be done: on a GPU in another dtype than
-    bfloat16, and without a C++ compiler.
+    bfloat16 (of dense models as well), and without a C++ compiler.
     """
     asked = compile_asked(name)
     if asked is False:

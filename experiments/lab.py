@@ -215,7 +215,7 @@ class Arm:
     after: "Arm | None" = None  # the trunk whose last checkpoints its runs start from
     tuned: bool = True  # False: its runs are those checkpoints, opened with its settings
     rewire: Callable[[MoEGPT], None] | None = None  # changes a model before it is trained, and before judging
-    other_data: int = 0  # its data have the order that the branch so many further on has
+    other_data: int = 0  # n: its data have the order of branch + n
 
     def vary(self, **settings) -> Self:
         """An arm that differs in these settings, compared to this one."""
@@ -392,11 +392,12 @@ def judge_run(lab: Lab, arm: Arm, start: Start, judge: Judge, opening: dict, wai
 
 
 def code_of(arm: Arm, judge: Judge) -> list[str]:
-    """The files of the judge, the router, the rewiring, and what that was made of."""
+    """The files of the judge, the router, the rewiring, and the functions in its closure."""
     functions = [judge, ROUTERS[arm.settings["router"]].select]
     if arm.rewire:
         functions += [arm.rewire, *inspect.getclosurevars(arm.rewire).nonlocals.values()]
-    return sorted({inspect.getfile(getattr(f, "func", f)) for f in functions if callable(f)})
+    functions = [getattr(f, "func", f) for f in functions]  # of a partial
+    return sorted({inspect.getfile(f) for f in functions if inspect.isfunction(f)})
 
 
 def named(start: Start) -> str:

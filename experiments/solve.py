@@ -20,7 +20,7 @@ from data.arithmetic.prepare import is_correct, prompt_of
 from model import Chunk, MoEGPT, load_checkpoint
 
 FINAL_LINE = re.compile(r"####[^\n]*[0-9][^\n]*\n")  # result_of takes its number
-WHOLE = 256  # tokens: caches hold a multiple, because a compiled step has a graph for each size
+ROOM_STEP = 256  # tokens: a cache's room is a multiple, because each size costs a graph when compiled
 CHECK_EVERY = 16  # tokens from one look for final answers to the next
 Solved = tuple[bool, float]  # whether an answer is right, and its mean experts per token
 
@@ -112,7 +112,7 @@ def answer_prompts(
     device, pad = model.head.weight.device, partial(pad_sequence, batch_first=True, padding_side="left")
     ids = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
     idx, active = pad(ids).to(device), pad([torch.ones_like(p).bool() for p in ids]).to(device)
-    needed = -(-(idx.shape[1] + room) // WHOLE) * WHOLE
+    needed = -(-(idx.shape[1] + room) // ROOM_STEP) * ROOM_STEP
     cache = model.new_cache(len(prompts), needed, router)
     chunks = []
     options = {"temperature": 0, "stop": tokenizer.stops, "active": active, "compile": compile}

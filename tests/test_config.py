@@ -292,8 +292,8 @@ def test_commands_that_are_shown_are_accepted():
     """A line `python SCRIPT.py FILE.py --key=value` of a text names files that are there, and known keys."""
     texts, shown = "*.md *.py config/*.py data/*/*.py experiments/*.md experiments/*.py".split(), 0
     for path in (path for pattern in texts for path in ROOT.glob(pattern)):
-        text = path.read_text().replace("\\\n", "")
-        for script, rest in re.findall(r"(?:python|nproc_per_node=\d) ([a-z/]+\.py)([^`\n]*)", text):
+        text = re.sub(r"\\?\n\s*(?=--\w)", " ", path.read_text())  # a command may go on in the next line
+        for script, rest in re.findall(r"(?:python|nproc_per_node=\w+)\s+([a-z0-9_/]+\.py)([^`\n]*)", text):
             files, keys = re.findall(r" ([a-z]+/\w+\.py)", rest), {*re.findall(r" --(\w+)", rest)}
             assert all((ROOT / file).is_file() for file in [script, *files]), (path, script, files)
             assert not keys or keys <= keys_of(script), (path, script, keys)
@@ -391,7 +391,7 @@ def test_auto_without_a_gpu(monkeypatch):
 
 
 def test_what_training_and_writing_need():
-    """Neither the packages that only some need nor, of a router, the model."""
+    """train.py and sample.py do without the optional packages, router.py without the model."""
     others = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "matplotlib")
     code = f"import sys; sys.modules |= dict.fromkeys({others}); import router"
     code += "; assert 'model' not in sys.modules; import train, sample"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from runs import RUN, entries, flags
-from runs import SHAPE as TINY
+from runs import SHAPE as SMALL
 
 import train
 from model import MoEConfig, MoEGPT, compiled_step, run_experts
@@ -54,7 +54,7 @@ def test_spare_rows_add_nothing(grad):
     mask, weight = topk(torch.rand(1, S, E), 2)[0].cuda(), torch.rand(S, E, device="cuda")
     found = []
     for max_pairs in (2 * S, S * E, S * E):
-        dirty = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(8)]
+        dirty = [torch.full((2**15,), torch.nan, device="cuda") for _ in range(64)]  # of sizes as used here
         del dirty
         inputs = [t.clone().requires_grad_(grad) for t in (x, weight, w_in, w_out)]
         with torch.set_grad_enabled(grad):
@@ -100,7 +100,7 @@ def test_training_learns_and_resumes(dataset, tmp_path, dtype, compile):
     if compile and dtype == "float16":
         pytest.skip("grouped_mm compiles in bfloat16 only")
     more = {"device": "cuda", "dtype": dtype, "compile": compile, "dataset": dataset, "out_dir": tmp_path}
-    train.main(flags(**TINY | RUN | more | {"sample_tokens": 5}))
+    train.main(flags(**SMALL | RUN | more | {"sample_tokens": 5}))
     train.main(flags(init_from="resume", out_dir=tmp_path, max_iters=20))
     first, *_, last = (line["loss"] for line in entries(tmp_path, "train"))
     assert last < first - 0.1

@@ -1003,8 +1003,8 @@ def test_autocast_leaves_the_gate_in_float32(monkeypatch):
 
 
 def test_decoding_under_autocast():
-    """A float32 model that decodes under bfloat16 autocast keeps its past in bfloat16: as many bytes, and
-    logits near those without a cache."""
+    """A float32 model that decodes under bfloat16 autocast keeps its past in bfloat16; its logits are near
+    those without a cache."""
     model, idx = make(), tokens(2, 20)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         cache = model.new_cache(2)
@@ -1037,7 +1037,7 @@ def test_who_has_a_known_budget_never_looks_at_the_data(routing):
                 step()
 
 
-@pytest.mark.parametrize("name", "seqtopk online_seqtopk top_p expert_threshold null_experts".split())
+@pytest.mark.parametrize("name", ROUTERS)
 def test_a_compiled_training_step(name):
     """Loss and gradients in bfloat16 are the eager ones; forward and loss are one graph, which counts the
     pairs. One router of each kind has the model compiled, the others a layer, which is quicker."""

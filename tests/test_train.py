@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -1015,6 +1016,17 @@ def test_bad_input_ends_the_script(tmp_path, monkeypatch, capsys):
     err = "error: k is 99, but must be from 1 to n_expert = 16\n"
     assert stop.value.code == 2 and capsys.readouterr() == ("", err)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["set_up", "train"])
+@pytest.mark.parametrize(
+    ("batch_size", "remedy"), [(4, "lower batch_size (4)"), (1, "--checkpoint_activations")]
+)
+def test_too_little_memory_is_one_line(dataset, tmp_path, monkeypatch, capsys, place, batch_size, remedy):
+    """Of the GPU, where the model is made and compiled, or where it trains."""
+    monkeypatch.setattr(train, place, Mock(side_effect=torch.OutOfMemoryError("no memory")))
+    argv = flags(**TINY | {"batch_size": batch_size}, dataset=dataset, out_dir=tmp_path / "run")
+    assert remedy in error_line(capsys, train.main, *argv)
 
 
 # ---- settings and config files
