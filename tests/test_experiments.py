@@ -31,7 +31,7 @@ from config import parse, results
 from data.arithmetic.prepare import SPLIT, document, prompt_of
 from data.arithmetic.problems import make_problem
 from model import load_checkpoint, save_checkpoint
-from router import ROUTERS
+from router import ROUTERS, online_seqtopk
 
 CONFIG = """
 dataset = {dataset!r}
@@ -83,6 +83,7 @@ def ask(tmp_path_factory, gap, sparsity):
         patch.setattr(length, "PLACES", (4, 8, 32))
         patch.setattr(sparsity, "KS", (2, 1))
         patch.setattr(gap, "PRIORS", (0, 1, 64))
+        patch.setattr(gap, "OVERCOMMITS", (0.5,))
 
         def ask(name):
             if name not in rows:
@@ -188,7 +189,9 @@ ROWS = {  # row -> what it is compared to
         for beside in ("", ", shared_hidden=8")
         for router in ("topk", "seqtopk")
     },
-    "gap": to(f"{BOTH[0]}, n0=0", *(f"{BOTH[0]}, n0={n}" for n in (0, 1, 64))),
+    "gap": to(
+        f"{BOTH[0]}, n0=0", *(f"{BOTH[0]}, {way}" for way in ("n0=0", "n0=1", "n0=64", "overcommit=0.5"))
+    ),
     "discount": to(BOTH[0], BOTH[0], *(f"{BOTH[0]}, {bound}" for bound in BOUNDS), "seqtopk_discount, k=2"),
     "prune": {
         f"{router}, k={k}{rest}": f"{router}, k={k}"
@@ -454,8 +457,22 @@ def test_online_seqtopk_with_a_prior_is_its_definition(gap, bounds, strict):
     min_experts, u = bounds[0], bounds[1] or 4
     prior = before.sort(descending=True).values[..., min_experts:u].flatten()
     for n, some in ((5, prior), (5, prior.flip(0)), (0, prior[:0])):
-        found = gap.online_seqtopk_prior(scores, 2, *bounds, strict, state={"prior": some})
+        state = {"prior": some, "overcommit": torch.tensor(0.0)}
+        found = gap.online_seqtopk_prior(scores, 2, *bounds, strict, state=state)
         assert torch.equal(found, ref_online_seqtopk(scores, 2, *bounds, strict, prior=(n, some)))
+
+
+def test_an_overcommit_is_a_larger_budget_under_the_same_cap(gap):
+    """If not strict, one of 1 is online SeqTopK with twice the extra budget. Strict, no prefix spends more
+    than its budget, and in all they spend more than without."""
+    scores = torch.rand(3, 50, 8, generator=torch.Generator().manual_seed(0))
+    state = {"prior": torch.empty(0), "overcommit": torch.tensor(1.0)}
+    found = gap.online_seqtopk_prior(scores, 2, 1, 4, False, state=state)
+    assert torch.equal(found, online_seqtopk(scores, 3, 1, 4, strict=False))
+    strict = gap.online_seqtopk_prior(scores, 2, 1, 4, True, state=state)
+    spent = strict.sum(-1).cumsum(-1)
+    assert (spent <= 2 * torch.arange(1, 51)).all()
+    assert strict.sum() > online_seqtopk(scores, 2, 1, 4).sum()
 
 
 def test_a_prior_is_made_of_quantiles(gap):
