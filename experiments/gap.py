@@ -68,12 +68,12 @@ def online_seqtopk_prior(
     B, T, E = scores.shape
     u = check_bounds(E, k, min_experts, max_experts)
     values, expert_ids = rank_experts(scores, u)
-    extra_budget = torch.arange(1, T + 1, device=scores.device).expand(B, T) * (k - min_experts)
+    tokens = torch.arange(1, T + 1, device=scores.device).expand(B, T)  # up to each one
+    extra_budget = tokens * (k - min_experts)
     past = state["prior"].expand(B, -1)  # (B, n0*c)
-    n0 = past.shape[1] // max(1, u - min_experts)
-    tokens = n0 + torch.arange(1, T + 1, device=scores.device).expand(B, T)
-    contested = (tokens * (k - min_experts) * (1 + state["overcommit"])).long()
-    contested = torch.minimum(contested, tokens * (u - min_experts))  # no more than there are
+    rivals = tokens + past.shape[1] // max(1, u - min_experts)  # with the n0 of the prior
+    contested = (rivals * (k - min_experts) * (1 + state["overcommit"])).long()
+    contested = torch.minimum(contested, rivals * (u - min_experts))  # no more than there are
     n_taken = count_above_threshold(values[..., min_experts:], past, contested)
     if strict:
         n_taken = cap_spending(n_taken, extra_budget, torch.zeros_like(extra_budget[:, :1]))
