@@ -43,7 +43,8 @@ def joined() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group()
+    # alone, torch would choose NCCL where there is a GPU, and nothing for what the host has to say
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
             yield
@@ -132,16 +133,19 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if is_shard(x) else x
 
 
-def by_matrix(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What this process has of function(x), which treats each matrix of x (..., rows, columns) by itself.
+def whole_matrices(x: Tensor) -> Tensor:
+    """What this process computes of x (..., rows, columns), of which each matrix is treated by itself.
 
     A sharded stack of experts consists of whole matrices, and each process computes its own. A sharded
-    matrix consists of rows: every process gathers and computes all of it and keeps its rows, because the
-    matrices outside of experts are few, and a second message, to scatter results, would take longer.
+    matrix consists of rows: every process gathers and computes all of it and keeps its rows (`own_rows`),
+    because the matrices outside of experts are few, and a second message would take longer.
     """
-    if is_shard(x) and x.dim() == 2:
-        return local(own_part(function(full(x)), x))
-    return function(local(x))
+    return full(x) if x.dim() == 2 else local(x)
+
+
+def own_rows(x: Tensor, like: Tensor) -> Tensor:
+    """What this process keeps of x, which was computed from whole_matrices(like)."""
+    return local(own_part(x, like)) if like.dim() == 2 else x
 
 
 def unsharded(state: Any) -> Any:

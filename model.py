@@ -287,6 +287,12 @@ class Cache:
         visible = torch.where(visible, 0.0, -torch.inf).to(self.kv[0].k.dtype)  # once, and not in each layer
         return place, position, visible.unsqueeze(1)
 
+    def stay(self) -> None:
+        """Promise torch.compile that all tensors stay where they are: a CUDA graph may then write into them."""
+        for part in (self, *self.kv, *filter(None, self.expert_caches)):
+            for tensor in filter(torch.is_tensor, vars(part).values()):
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
     @property
     def kv_nbytes(self) -> int:
         return sum(kv.k.nbytes + kv.v.nbytes for kv in self.kv)
@@ -363,11 +369,12 @@ class Attention(nn.Module):
         q, k = rotate(q, context.angles).to(v.dtype), rotate(k, context.angles).to(v.dtype)
         if kv is not None:
             kv.write(k, v, context.place)
-        visible, causal = context.visible, context.visible is None and T > 1
-        if visible is not None:
+        visible = context.visible
+        causal = visible is None
+        if not causal:
             k, v = (part[:, :, : visible.shape[-1]] for part in (kv.k, kv.v))  # (B, n_kv_head, bucket, D)
         grouped = self.n_kv_head != self.n_head
-        if grouped and visible is not None:  # on a GPU no fast kernel takes both: groups become rows
+        if grouped and not causal:  # on a GPU no fast kernel takes both: groups become rows
             q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, n_kv_head, group * T, D)
             visible, grouped = visible.repeat(1, 1, self.n_head // self.n_kv_head, 1), False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=grouped)
@@ -647,7 +654,8 @@ class CrossEntropy(torch.autograd.Function):
         for piece, target, dpiece in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
             counts, target = target.unsqueeze(1) >= 0, target.unsqueeze(1).clamp(min=0)  # (rows, 1)
             log_share = F.linear(piece, weight).float().log_softmax(-1)  # (rows, V)
-            total -= log_share.gather(1, target).where(counts, 0).sum()
+            # not in place: compiled by torch 2.11, all gradients would be 0
+            total = total - log_share.gather(1, target).where(counts, 0).sum()
             if learns:
                 share = log_share.exp_().scatter_add_(1, target, -counts.float())
                 dlogits = share.mul_(counts).to(x.dtype)  # (rows, V)
@@ -827,7 +835,10 @@ class MoEGPT(nn.Module):
             half = cache.max_tokens // 2
             text, real = text[:, -half:], real[:, -half:]
         draw = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        step = compiled_step(idx.is_cuda) if compile else MoEGPT._step
+        step = MoEGPT._step
+        if compile:
+            step = compiled_step(idx.is_cuda)
+            cache.stay()
         logits, chunk = self._feed(text, real, cache, active is not None)
         yield chunk
         padded = active is not None or (stop is not None and len(idx) > 1)  # a row may end before another

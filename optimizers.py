@@ -4,13 +4,13 @@ rounded at random.
 The random numbers of a step are a function of `seed` and the step: there is no random state to keep.
 """
 
-from functools import partial
+from collections import defaultdict
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from distributed import by_matrix, local
+from distributed import local, own_rows, whole_matrices
 
 
 def make_optimizers(model, config) -> list[Optimizer]:
@@ -80,16 +80,32 @@ def orthogonalised(x: Tensor) -> Tensor:
     return product @ (x * bound.rsqrt())
 
 
+def orthogonalised_together(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalised` of each of them, (..., rows, columns) float32. Those of one shape, transposed or not,
+    are one stack: a GPU would do many small products one after the other, and wait for each call.
+    """
+    by_shape = defaultdict(list)
+    for number, x in enumerate(matrices):
+        by_shape[min(x.shape[-2:]), max(x.shape[-2:])].append(number)
+    found = [Tensor()] * len(matrices)
+    for shape, numbers in by_shape.items():
+        wide = [matrices[n] if matrices[n].shape[-2:] == shape else matrices[n].mT for n in numbers]
+        stack = orthogonalised(torch.cat([x.reshape(-1, *shape) for x in wide]))
+        for n, x, out in zip(numbers, wide, stack.split([x[..., 0, 0].numel() for x in wide]), strict=True):
+            found[n] = (out if x is matrices[n] else out.mT).reshape(matrices[n].shape)
+    return found
+
+
 class SeededOptimizer(Optimizer):
-    """Gives `update` each weight that has a gradient, its group and, to round bfloat16 at random, a generator
-    of its own."""
+    """Gives `update` a list of the weights that have a gradient, each with its group and, to round bfloat16
+    at random, a generator of its own."""
 
     def __init__(self, groups: list[dict], seed: int, **defaults):
         super().__init__(groups, defaults | {"seed": seed, "step": 0})
 
     @torch.no_grad()
     def step(self) -> None:
-        number = 0
+        number, found = 0, []
         for group in self.param_groups:
             group["step"] += 1
             for weight in group["params"]:
@@ -98,7 +114,8 @@ class SeededOptimizer(Optimizer):
                 if weight.grad is not None:
                     rounds = weight.dtype == torch.bfloat16
                     draw = torch.Generator(weight.device).manual_seed(seed) if rounds else None
-                    self.update(weight, group, draw)
+                    found.append((weight, group, draw))
+        self.update(found)
 
 
 class Muon(SeededOptimizer):
@@ -110,25 +127,40 @@ class Muon(SeededOptimizer):
     rate, is from arXiv 2502.16982, section 2.2.
     """
 
+    PIECE = 2**26  # weights that step together: many if small, one if large
+
     def __init__(self, groups: list[dict], lr: float, seed: int, momentum: float = 0.95):
         super().__init__(groups, seed, lr=lr, momentum=momentum)
 
-    def update(self, weight: Tensor, group: dict, draw: torch.Generator | None) -> None:
-        state, momentum = self.state[weight], group["momentum"]
+    def update(self, weights: list[tuple[Tensor, dict, torch.Generator | None]]) -> None:
+        piece = []
+        for entry in weights:
+            if sum(weight.numel() for weight, *_ in [*piece, entry]) > self.PIECE:
+                self._update(piece)
+                piece = []
+            piece.append(entry)
+        self._update(piece)
+
+    def _update(self, weights: list[tuple[Tensor, dict, torch.Generator | None]]) -> None:
+        directions = [self._direction(weight, group) for weight, group, _ in weights]
+        split = [
+            whole_matrices(direction).float().split(group["split"], group["dim"])
+            for direction, (_, group, _) in zip(directions, weights, strict=True)
+        ]
+        steps = iter(orthogonalised_together([part for parts in split for part in parts]))
+        for (weight, group, draw), direction, parts in zip(weights, directions, split, strict=True):
+            step = [0.2 * max(part.shape[-2:]) ** 0.5 * next(steps) for part in parts]
+            weight = local(weight)
+            new = weight.float() - group["lr"] * own_rows(torch.cat(step, group["dim"]), direction)
+            weight.copy_(round_at_random(new, draw) if draw else new)
+
+    def _direction(self, weight: Tensor, group: dict) -> Tensor:
+        """The gradient and its mean over the past, in Nesterov's way."""
+        state = self.state[weight]
         if not state:
             state["mean"] = torch.zeros_like(weight)
-        mean = state["mean"].lerp_(weight.grad, 1 - momentum)
-        direction = weight.grad.lerp(mean, momentum)  # Nesterov's
-        weight = local(weight)
-        new = weight.float() - group["lr"] * by_matrix(partial(self._steps, group), direction)
-        weight.copy_(round_at_random(new, draw) if draw else new)
-
-    @staticmethod
-    def _steps(group: dict, direction: Tensor) -> Tensor:
-        """Of the matrices side by side in direction, at a rate of 1: float32 of the same shape."""
-        parts = direction.float().split(group["split"], group["dim"])
-        steps = [0.2 * max(part.shape[-2:]) ** 0.5 * orthogonalised(part) for part in parts]
-        return torch.cat(steps, group["dim"])
+        mean = state["mean"].lerp_(weight.grad, 1 - group["momentum"])
+        return weight.grad.lerp(mean, group["momentum"])
 
 
 class RoundingAdamW(SeededOptimizer):
@@ -143,13 +175,14 @@ class RoundingAdamW(SeededOptimizer):
     def __init__(self, groups, lr: float, betas: tuple[float, float], seed: int, weight_decay: float = 0.0):
         super().__init__(groups, seed, lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay)
 
-    def update(self, weight: Tensor, group: dict, draw: torch.Generator | None) -> None:
-        state = self.state[weight]
-        if not state:
-            state |= {"mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
-        whole = weight, state["mean"], state["square"], weight.grad
-        for piece in zip(*(tensor.view(-1).split(self.PIECE) for tensor in whole)):
-            self._update(*piece, group, draw)
+    def update(self, weights: list[tuple[Tensor, dict, torch.Generator | None]]) -> None:
+        for weight, group, draw in weights:
+            state = self.state[weight]
+            if not state:
+                state |= {"mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
+            whole = weight, state["mean"], state["square"], weight.grad
+            for piece in zip(*(tensor.view(-1).split(self.PIECE) for tensor in whole)):
+                self._update(*piece, group, draw)
 
     @staticmethod
     def _update(weight, mean, square, grad, group: dict, draw: torch.Generator | None) -> None:

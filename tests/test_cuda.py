@@ -85,6 +85,7 @@ def test_a_compiled_step_is_the_eager_one(router):
     shape = SHAPE | {"block_size": 256, "router": router}
     model = MoEGPT(MoEConfig(**shape)).cuda().cast(torch.bfloat16).eval()
     caches, step = [model.new_cache(1, 200) for _ in range(2)], compiled_step(True)
+    caches[1].stay()
     with torch.no_grad():
         for token in torch.randint(64, (ExpertCache.RECENT + 80, 1, 1)).cuda():
             for cache in caches:
