@@ -16,6 +16,7 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 from runs import (
     TEXT,
     TINY,
