@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import require
 from config.check import COUNT, check, door
-from config.device import as_graph, check_memory
+from config.device import as_graph, check_memory, grouped_mm_is_a_kernel
 from config.files import whole
 from data import hugging_face
 from router import (
@@ -288,7 +288,7 @@ class Cache:
         return place, position, visible.unsqueeze(1)
 
     def stay(self) -> None:
-        """Promise torch.compile that all tensors stay where they are: a CUDA graph may then write into them."""
+        """Promise torch.compile that its tensors stay where they are: a CUDA graph may then write there."""
         for part in (self, *self.kv, *filter(None, self.expert_caches)):
             for tensor in filter(torch.is_tensor, vars(part).values()):
                 torch._dynamo.mark_static_address(tensor, guard=False)
@@ -727,9 +727,23 @@ class MoEGPT(nn.Module):
         stats = self._collect(routings, idx)
         if targets is None:
             return self.head(x).float(), None, stats
-        learns = torch.is_grad_enabled()  # within the function it never is
-        total = CrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), learns)
-        return None, total / (targets >= 0).sum(), stats
+        return None, self._loss(x, targets), stats
+
+    def compile(self) -> None:
+        """Let torch.compile make graphs of each block, the loss and the statistics, to be used where
+        gradients are wanted. Blocks that are alike share one: a graph of all would take three times as long.
+        """
+        for module, name in self._parts():
+            plain = getattr(module, name)
+            setattr(module, name, partial(compiled_to_learn, plain, as_graph(plain)))
+
+    def uncompile(self) -> None:
+        """Forget what `compile` has done."""
+        for module, name in self._parts():
+            vars(module).pop(name, None)
+
+    def _parts(self) -> list[tuple[nn.Module, str]]:
+        return [*((block, "forward") for block in self.blocks), (self, "_loss"), (self, "_collect")]
 
     def _trunk(
         self, idx: Tensor, cache: Cache | None, router: str | None, active: Tensor | None
@@ -758,6 +772,12 @@ class MoEGPT(nn.Module):
         check_state(self.config, router)
         position = torch.arange(T, device=idx.device).unsqueeze(0)  # (1, T)
         return Context(ROUTERS[router], rope_angles(position, self.config))
+
+    def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of the targets (B, T) that count, from the trunk's x (B, T, C)."""
+        learns = torch.is_grad_enabled()  # within the function it never is
+        total = CrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), learns)
+        return total / (targets >= 0).sum()
 
     def _collect(self, routings: list[Routing], idx: Tensor) -> Stats:
         """Put the layers' statistics together."""
@@ -994,11 +1014,18 @@ class MoEGPT(nn.Module):
         hugging_face.write_checkpoint(Path(path), model_type, settings, weights, tokenizer or {}, shard_bytes)
 
 
+def compiled_to_learn(plain: Callable, compiled: Callable, *args):
+    """Without gradients lengths vary, and text is written: to compile for each would not be repaid."""
+    return (compiled if torch.is_grad_enabled() else plain)(*args)
+
+
 @lru_cache
 def compiled_step(gpu: bool) -> Callable:
-    """MoEGPT._step by torch.compile: one graph for each size of its inputs and bucket of its cache; on a GPU
-    to be captured as a CUDA graph (owed: experiments/README.md). What it returns is the caller's to keep."""
-    overhead = {"mode": "reduce-overhead"} if gpu else {"options": {"cpp_wrapper": True}}  # a tenth of a step
+    """MoEGPT._step by torch.compile: one graph for each size of its inputs and bucket of its cache, on a GPU
+    captured as a CUDA graph where grouped_mm allows it. What it returns is the caller's to keep."""
+    overhead = {"options": {"cpp_wrapper": True}}  # a tenth of a step on a CPU
+    if gpu:
+        overhead = {"mode": "reduce-overhead"} if grouped_mm_is_a_kernel() else {}
     step = as_graph(MoEGPT._step, fullgraph=True, dynamic=False, **overhead)
 
     def run(model: MoEGPT, idx: Tensor, cache: Cache, active: Tensor | None) -> list[Tensor]:

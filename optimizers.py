@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from config.device import tf32
 from distributed import local, own_rows, whole_matrices
 
 
@@ -60,30 +61,29 @@ POLYNOMIALS = ((7.6350, -21.4627, 15.4601), (3.1829, -2.3404, 0.4771), (2.2184, 
 
 
 def orthogonalised(x: Tensor) -> Tensor:
-    """U V' of each x = U S V', nearly. (..., rows, columns) float32 -> the same shape.
+    """U V' of each x = U S V', nearly. (n, rows, columns) float32 -> the same shape.
 
     The polynomials are even but for one factor x, so their product is a matrix of the smaller side, and x
-    comes in once. This needs float32: bfloat16 would round small eigenvalues of x x' below zero, where they
-    explode.
+    comes in once. This needs the ten bits of tf32 at least: bfloat16 would round small eigenvalues of x x'
+    below zero, where they explode.
     """
     if x.shape[-2] > x.shape[-1]:
         return orthogonalised(x.mT).mT
-    gram = x @ x.mT  # (..., rows, rows)
+    gram = x @ x.mT  # (n, rows, rows)
     bound = torch.linalg.matrix_norm(gram, keepdim=True).clamp(min=1e-30)  # of its largest eigenvalue
-    gram = gram / bound
-    product = torch.eye(x.shape[-2], device=x.device)
+    gram, p, product = gram / bound, None, None
     for a, b, c in POLYNOMIALS:
-        p = b * gram + c * (gram @ gram)
+        if p is not None:
+            gram = p @ gram @ p
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = p @ product
-        gram = p @ gram @ p
+        product = p if product is None else p @ product
     return product @ (x * bound.rsqrt())
 
 
 def orthogonalised_together(matrices: list[Tensor]) -> list[Tensor]:
     """`orthogonalised` of each of them, (..., rows, columns) float32. Those of one shape, transposed or not,
-    are one stack: a GPU would do many small products one after the other, and wait for each call.
-    """
+    are one stack: a GPU would wait for the many calls that small products take one by one."""
     by_shape = defaultdict(list)
     for number, x in enumerate(matrices):
         by_shape[min(x.shape[-2:]), max(x.shape[-2:])].append(number)
@@ -147,7 +147,8 @@ class Muon(SeededOptimizer):
             whole_matrices(direction).float().split(group["split"], group["dim"])
             for direction, (_, group, _) in zip(directions, weights, strict=True)
         ]
-        steps = iter(orthogonalised_together([part for parts in split for part in parts]))
+        with tf32():
+            steps = iter(orthogonalised_together([part for parts in split for part in parts]))
         for (weight, group, draw), direction, parts in zip(weights, directions, split, strict=True):
             step = [0.2 * max(part.shape[-2:]) ** 0.5 * next(steps) for part in parts]
             weight = local(weight)

@@ -48,7 +48,6 @@ from config import bad_input_exits, parse, printable, require
 from config.check import COUNT, check, door
 from config.device import (
     DTYPES,
-    as_graph,
     autocast,
     check_memory,
     compile_asked,
@@ -257,7 +256,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     model: MoEGPT
-    forward: torch.nn.Module  # the model, perhaps in DDP, perhaps compiled
+    forward: torch.nn.Module  # the model, perhaps in DDP
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     step: int = 0  # iterations done
@@ -348,8 +347,8 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     if config.init_from == "resume":
         run.restore(checkpoint)
     model.check_promises(config.router, ROUTERS[config.router].decode, config.first_router or config.router)
-    if compiled:
-        compile_or_explain(run)
+    if not (compiled and compiles(run)):
+        prepare_blocks(model, config, compiled=False)
     return run
 
 
@@ -377,16 +376,22 @@ def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
     if config.train_only == "router":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".gate." in name)
-    if config.checkpoint_activations:
-        for block in model.blocks:  # nothing in a block is drawn at random, so no random state to restore
-            block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
     return model
 
 
-def compile_or_explain(run: Run) -> None:
-    """Compile run.forward and try it on one batch; if that fails and nobody insisted, it stays plain."""
-    plain = run.forward
-    run.forward = as_graph(plain)
+def prepare_blocks(model: MoEGPT, config: TrainConfig, compiled: bool) -> None:
+    """Compiled or not, and computed again going backward or not: by the same graph, which routes alike."""
+    model.uncompile()
+    if compiled:
+        model.compile()
+    if config.checkpoint_activations:
+        for block in model.blocks:  # nothing in one is drawn at random, so no random state to restore
+            block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compiles(run: Run) -> bool:
+    """Compile the model and try it on one batch. Where that fails, it is said; ValueError if asked for."""
+    prepare_blocks(run.model, run.config, compiled=True)
     try:
         for router in dict.fromkeys((run.config.router_at(run.step), run.config.router)):
             losses(run, *batch(run, 0), router)[0].backward()
@@ -396,8 +401,10 @@ def compile_or_explain(run: Run) -> None:
         if compile_asked(run.config.compile):
             raise ValueError(f"compile is true, but torch.compile fails here with {error}") from error
         print(f"compile   off after all: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-        run.forward = plain
-    run.model.zero_grad()
+        return False
+    finally:
+        run.model.zero_grad()
+    return True
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -1062,6 +1062,29 @@ def test_a_compiled_training_step(name):
     assert_near(gradients[:1], gradients[1:], 0.05)
 
 
+def test_a_model_compiled_in_parts(monkeypatch):
+    """One graph for all blocks, one each for loss and statistics, used to learn only; the gradients are the
+    eager ones, and those once more when `uncompile` has undone it."""
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr("model.as_graph", partial(as_graph, backend=graphs, fullgraph=True))
+    torch._dynamo.reset()
+    model, idx = make(n_layer=3).bfloat16(), tokens(2, 24)
+
+    def gradients() -> list[Tensor]:
+        _, loss, stats = model(idx, idx)
+        return [g.float() for g in torch.autograd.grad(loss + stats.balance_loss, list(model.parameters()))]
+
+    want = gradients()
+    model.compile()
+    list(model.generate(idx, 3))
+    assert graphs.frame_count == 0
+    assert_near(gradients(), want, 0.05)
+    assert graphs.frame_count == 3
+    model.uncompile()
+    assert all(map(torch.equal, gradients(), want))
+    assert graphs.frame_count == 3 and not any("forward" in vars(block) for block in model.blocks)
+
+
 class NothingRead(TorchDispatchMode):
     """Fails at an operation whose result the host has to wait for on a GPU."""
 
