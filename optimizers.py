@@ -81,18 +81,23 @@ def orthogonalised(x: Tensor) -> Tensor:
     return product @ (x * bound.rsqrt())
 
 
-def orthogonalised_together(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonalised` of each of them, (..., rows, columns) float32. Those of one shape, transposed or not,
-    are one stack: a GPU would wait for the many calls that small products take one by one."""
+def muon_steps(matrices: list[Tensor]) -> list[Tensor]:
+    """The steps at a rate of 1 along directions (..., rows, columns) float32: orthogonalised, and as long as
+    AdamW's (arXiv 2502.16982, section 2.2).
+
+    Matrices of one shape, transposed or not, are one stack: a GPU would wait for the many calls that small
+    products take one by one.
+    """
     by_shape = defaultdict(list)
     for number, x in enumerate(matrices):
         by_shape[min(x.shape[-2:]), max(x.shape[-2:])].append(number)
     found = [Tensor()] * len(matrices)
     for shape, numbers in by_shape.items():
         wide = [matrices[n] if matrices[n].shape[-2:] == shape else matrices[n].mT for n in numbers]
-        stack = orthogonalised(torch.cat([x.reshape(-1, *shape) for x in wide]))
-        for n, x, out in zip(numbers, wide, stack.split([x[..., 0, 0].numel() for x in wide]), strict=True):
-            found[n] = (out if x is matrices[n] else out.mT).reshape(matrices[n].shape)
+        stack = torch.cat([x.reshape(-1, *shape) for x in wide])
+        steps = orthogonalised(stack).mul_(0.2 * max(shape) ** 0.5)
+        for n, x, step in zip(numbers, wide, steps.split([x[..., 0, 0].numel() for x in wide]), strict=True):
+            found[n] = (step if x is matrices[n] else step.mT).reshape(matrices[n].shape)
     return found
 
 
@@ -123,8 +128,7 @@ class Muon(SeededOptimizer):
 
     For matrices (rows, columns) and stacks of them (n, rows, columns), each by itself. A group's "split" and
     "dim" are Tensor.split's: how a weight that holds several matrices side by side falls into them.
-    Sources: Jordan et al., kellerjordan.github.io/posts/muon; the step's length, that of AdamW at the same
-    rate, is from arXiv 2502.16982, section 2.2.
+    Source: Jordan et al., kellerjordan.github.io/posts/muon.
     """
 
     PIECE = 2**26  # weights that step together: many if small, one if large
@@ -135,33 +139,38 @@ class Muon(SeededOptimizer):
     def update(self, weights: list[tuple[Tensor, dict, torch.Generator | None]]) -> None:
         piece = []
         for entry in weights:
-            if sum(weight.numel() for weight, *_ in [*piece, entry]) > self.PIECE:
+            if piece and sum(weight.numel() for weight, *_ in [*piece, entry]) > self.PIECE:
                 self._update(piece)
                 piece = []
             piece.append(entry)
-        self._update(piece)
+        if piece:
+            self._update(piece)
 
     def _update(self, weights: list[tuple[Tensor, dict, torch.Generator | None]]) -> None:
-        directions = [self._direction(weight, group) for weight, group, _ in weights]
+        means, grads = [self._mean(weight) for weight, *_ in weights], [weight.grad for weight, *_ in weights]
+        momentum = self.defaults["momentum"]
+        torch._foreach_lerp_(means, grads, 1 - momentum)
+        directions = torch._foreach_lerp(grads, means, momentum)  # Nesterov's
         split = [
             whole_matrices(direction).float().split(group["split"], group["dim"])
             for direction, (_, group, _) in zip(directions, weights, strict=True)
         ]
         with tf32():
-            steps = iter(orthogonalised_together([part for parts in split for part in parts]))
+            steps = iter(muon_steps([part for parts in split for part in parts]))
         for (weight, group, draw), direction, parts in zip(weights, directions, split, strict=True):
-            step = [0.2 * max(part.shape[-2:]) ** 0.5 * next(steps) for part in parts]
+            step = own_rows(torch.cat([next(steps) for _ in parts], group["dim"]), direction)
             weight = local(weight)
-            new = weight.float() - group["lr"] * own_rows(torch.cat(step, group["dim"]), direction)
-            weight.copy_(round_at_random(new, draw) if draw else new)
+            if draw:
+                weight.copy_(round_at_random(weight.float().sub_(step, alpha=group["lr"]), draw))
+            else:
+                weight.sub_(step, alpha=group["lr"])
 
-    def _direction(self, weight: Tensor, group: dict) -> Tensor:
-        """The gradient and its mean over the past, in Nesterov's way."""
+    def _mean(self, weight: Tensor) -> Tensor:
+        """Of the gradients so far."""
         state = self.state[weight]
         if not state:
             state["mean"] = torch.zeros_like(weight)
-        mean = state["mean"].lerp_(weight.grad, 1 - group["momentum"])
-        return weight.grad.lerp(mean, group["momentum"])
+        return state["mean"]
 
 
 class RoundingAdamW(SeededOptimizer):
