@@ -131,18 +131,19 @@ class Muon(SeededOptimizer):
     Source: Jordan et al., kellerjordan.github.io/posts/muon.
     """
 
-    PIECE = 2**26  # weights that step together: many if small, one if large
-
     def __init__(self, groups: list[dict], lr: float, seed: int, momentum: float = 0.95):
         super().__init__(groups, seed, lr=lr, momentum=momentum)
 
     def update(self, weights: list[tuple[Tensor, dict, torch.Generator | None]]) -> None:
-        piece = []
+        piece, size = [], 0
         for entry in weights:
-            if piece and sum(weight.numel() for weight, *_ in [*piece, entry]) > self.PIECE:
+            # together, where a GPU would wait for calls; a CPU would need the more memory for nothing
+            most = 2**26 if entry[0].is_cuda else 2**22
+            if piece and size + entry[0].numel() > most:
                 self._update(piece)
-                piece = []
+                piece, size = [], 0
             piece.append(entry)
+            size += entry[0].numel()
         if piece:
             self._update(piece)
 

@@ -232,14 +232,13 @@ def is_ratio(key: str) -> bool:
 
 
 def speed_table(folder: Path) -> str:
-    """Markdown: each ratio with an aim or a figure of the paper, and what it is on the machines in `folder`.
-
-    Raises ValueError where none is.
+    """Markdown: each ratio with an aim or a figure of the paper, and what it is on the machines in `folder`;
+    of one machine's files the last one that has it counts. Raises ValueError where none is.
     """
     table: dict[tuple, dict[str, str]] = {}
     for path in sorted(folder.glob("*.json")):
         report = read_report(path)
-        machine = f"{path.stem} ({report['machine']}, {report['dtype']})"
+        machine = f"{report['machine']}, {report['dtype']}"
         rows = [(part, row) for part, found in report["parts"].items() for row in found]
         for part, row in rows:
             key = next(filter(is_ratio, row), None)

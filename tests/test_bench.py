@@ -191,15 +191,20 @@ def test_a_part_that_fails_leaves_what_was_measured(run, monkeypatch, error, aft
 
 
 def test_json_is_kept_and_tabled(run, tmp_path, capsys):
-    """--json keeps what the last line says, and the README's table a column of each machine with speeds."""
+    """--json keeps what the last line says, and the table a column of each machine with speeds; of one
+    machine's files the last one that has a row counts."""
     report, _ = run("cache", *TOY, f"--json={tmp_path}/new/a.json")
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == report
     (tmp_path / "new" / "b.json").write_text(json.dumps(report | {"machine": "another"}))
     no_speeds = {"parts": {"routers": [{"what": "topk, k=2", "nats": [5, None]}]}}
     (tmp_path / "new" / "c.json").write_text(json.dumps(report | no_speeds))
+    last = report["parts"]["cache"][-1]
+    again = {"parts": {"cache": [last | {"speed/anew": [77.0, 76.0, 78.0]}]}}
+    (tmp_path / "new" / "d.json").write_text(json.dumps(report | again))
     head, _, *lines = results.speed_table(tmp_path / "new").splitlines()
-    assert head.endswith(f"| a ({report['machine']}, float32) | b (another, float32) |")
+    assert head.endswith(f"| {report['machine']}, float32 | another, float32 |")
     assert len(lines) == 1 and "against ranking anew" in lines[0] and "at least 25" in lines[0]
+    assert lines[0].count("77 (76-78)") == 1
     with pytest.raises(ValueError, match="without speeds"):
         results.speed_table(tmp_path)
 

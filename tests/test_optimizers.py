@@ -42,8 +42,10 @@ def test_singular_values_come_out_near_one(shape):
 
 
 def test_a_matrix_of_zeros_stays_zero():
-    """An expert that no token has reached gets no step, and no NaN."""
+    """An expert that no token has reached gets no step, and no NaN; nor do weights without a gradient."""
     assert torch.equal(orthogonalised(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8))
+    muon_of(weight := torch.ones(4, 8, requires_grad=True), lr=0.1, seed=1).step()
+    assert torch.equal(weight, torch.ones(4, 8))
 
 
 def test_each_matrix_of_a_stack_and_each_part_learns_as_if_alone():
