@@ -148,7 +148,7 @@ def prefix_order_statistic(rank: Tensor, length: Tensor, nth: Tensor) -> Tensor:
             answer[b, q] = rank[b, : length[b, q]].sort().values[nth[b, q]]
 
     in about log2(n) rounds of cumsum, gather and scatter, whatever Q is (a wavelet tree). Measured (bench.py
-    router, two CPU cores): at B=8, T=1024, E=64, K=8 online SeqTopK takes 22 ms, 2.3 times seqtopk's.
+    router, two CPU cores): at B=8, T=1024, E=64, K=8 online SeqTopK takes 19 ms, 2.2 times seqtopk's.
 
     A round fixes one bit of every answer, from the highest down. It counts how many ranks of a query's prefix
     have a 0 there. If these are more than nth, the answer has a 0 too, and the search goes on among them;
@@ -223,8 +223,8 @@ class ExpertCache:
     `make_room` counts tokens on the host, and so does `route` for more than `RECENT` of them. With one token
     `route` has static shapes and writes in place, so that one graph serves all steps.
 
-    Measured (bench.py cache, two CPU cores): with 1,024 past tokens a step is 16 (batch 1) to 70 times
-    (batch 16) cheaper than ranking them anew; with 4,096 it costs 1.01 to 1.23 times as much as with 128.
+    Measured (bench.py cache, two CPU cores): with 1,024 past tokens a step is 21 (batch 1) to 84 times
+    (batch 16) cheaper than ranking them anew; with 4,096 it costs 1.00 to 1.26 times as much as with 128.
     """
 
     RECENT = 64  # 16 and 32 are no faster at batch 1, and slower at batch 16
