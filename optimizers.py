@@ -148,10 +148,7 @@ class Muon(SeededOptimizer):
             self._update(piece)
 
     def _update(self, weights: list[tuple[Tensor, dict, torch.Generator | None]]) -> None:
-        means, grads = [self._mean(weight) for weight, *_ in weights], [weight.grad for weight, *_ in weights]
-        momentum = self.defaults["momentum"]
-        torch._foreach_lerp_(means, grads, 1 - momentum)
-        directions = torch._foreach_lerp(grads, means, momentum)  # Nesterov's
+        directions = [self._direction(weight, group) for weight, group, _ in weights]
         split = [
             whole_matrices(direction).float().split(group["split"], group["dim"])
             for direction, (_, group, _) in zip(directions, weights, strict=True)
@@ -166,12 +163,13 @@ class Muon(SeededOptimizer):
             else:
                 weight.sub_(step, alpha=group["lr"])
 
-    def _mean(self, weight: Tensor) -> Tensor:
-        """Of the gradients so far."""
+    def _direction(self, weight: Tensor, group: dict) -> Tensor:
+        """The gradient and its mean over the past, in Nesterov's way."""
         state = self.state[weight]
         if not state:
             state["mean"] = torch.zeros_like(weight)
-        return state["mean"]
+        mean = state["mean"].lerp_(weight.grad, 1 - group["momentum"])
+        return weight.grad.lerp(mean, group["momentum"])
 
 
 class RoundingAdamW(SeededOptimizer):
