@@ -43,7 +43,7 @@ def joined() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    # alone, torch would choose NCCL where there is a GPU, and nothing for what the host has to say
+    # left to itself torch takes NCCL alone where there is a GPU, and that carries no tensors of the CPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):

@@ -287,8 +287,8 @@ class Cache:
         visible = torch.where(visible, 0.0, -torch.inf).to(self.kv[0].k.dtype)  # once, and not in each layer
         return place, position, visible.unsqueeze(1)
 
-    def stay(self) -> None:
-        """Promise torch.compile that its tensors stay where they are: a CUDA graph may then write there."""
+    def fix_addresses(self) -> None:
+        """Promise torch.compile that the tensors stay where they are: a CUDA graph may then write there."""
         for part in (self, *self.kv, *filter(None, self.expert_caches)):
             for tensor in filter(torch.is_tensor, vars(part).values()):
                 torch._dynamo.mark_static_address(tensor, guard=False)
@@ -731,14 +731,16 @@ class MoEGPT(nn.Module):
 
     def compile(self) -> None:
         """Let torch.compile make graphs of each block, the loss and the statistics, to be used where
-        gradients are wanted. Blocks that are alike share one: a graph of all would take three times as long.
+        gradients are wanted. Blocks that are alike share one graph: one of the whole model, as nn.Module's
+        own method makes, would take three times as long to compile.
         """
+        self.uncompile()
         for module, name in self._parts():
             plain = getattr(module, name)
             setattr(module, name, partial(compiled_to_learn, plain, as_graph(plain)))
 
     def uncompile(self) -> None:
-        """Forget what `compile` has done."""
+        """Forget what `compile` has done, and let the model be freed when nobody refers to it."""
         for module, name in self._parts():
             vars(module).pop(name, None)
 
@@ -857,8 +859,8 @@ class MoEGPT(nn.Module):
         draw = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         step = MoEGPT._step
         if compile:
-            step = compiled_step(idx.is_cuda)
-            cache.stay()
+            step = compiled_step(idx.device)
+            cache.fix_addresses()
         logits, chunk = self._feed(text, real, cache, active is not None)
         yield chunk
         padded = active is not None or (stop is not None and len(idx) > 1)  # a row may end before another
@@ -1015,17 +1017,18 @@ class MoEGPT(nn.Module):
 
 
 def compiled_to_learn(plain: Callable, compiled: Callable, *args):
-    """Without gradients lengths vary, and text is written: to compile for each would not be repaid."""
+    """compiled(*args) where gradients are wanted. Elsewhere, in evaluation and writing, lengths vary, and to
+    compile for each would not be repaid: plain(*args)."""
     return (compiled if torch.is_grad_enabled() else plain)(*args)
 
 
 @lru_cache
-def compiled_step(gpu: bool) -> Callable:
+def compiled_step(device: torch.device) -> Callable:
     """MoEGPT._step by torch.compile: one graph for each size of its inputs and bucket of its cache, on a GPU
     captured as a CUDA graph where grouped_mm allows it. What it returns is the caller's to keep."""
     overhead = {"options": {"cpp_wrapper": True}}  # a tenth of a step on a CPU
-    if gpu:
-        overhead = {"mode": "reduce-overhead"} if grouped_mm_is_a_kernel() else {}
+    if device.type == "cuda":
+        overhead = {"mode": "reduce-overhead"} if grouped_mm_is_a_kernel(device) else {}
     step = as_graph(MoEGPT._step, fullgraph=True, dynamic=False, **overhead)
 
     def run(model: MoEGPT, idx: Tensor, cache: Cache, active: Tensor | None) -> list[Tensor]:
@@ -1093,7 +1096,7 @@ CHECKPOINT |= {"tokenizer?": dict, "train_config?": dict}
 
 
 def save_checkpoint(path: str | Path, model: MoEGPT, weights: dict | None = None, **extra) -> None:
-    """Write the config and weights of the uncompiled model, and `extra`, whole or not at all.
+    """Write the config and weights of the model, and `extra`, whole or not at all.
 
     weights: its state_dict without shards (None: it has none). Raises OSError, on a full disk for instance.
     """

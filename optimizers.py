@@ -81,6 +81,10 @@ def orthogonalised(x: Tensor) -> Tensor:
     return product @ (x * bound.rsqrt())
 
 
+# Elements of the weights that step at once: a GPU would wait for many calls, a CPU need memory for nothing.
+TOGETHER = {"cuda": 2**26, "cpu": 2**22}
+
+
 def muon_steps(matrices: list[Tensor]) -> list[Tensor]:
     """The steps at a rate of 1 along directions (..., rows, columns) float32: orthogonalised, and as long as
     AdamW's (arXiv 2502.16982, section 2.2).
@@ -91,26 +95,28 @@ def muon_steps(matrices: list[Tensor]) -> list[Tensor]:
     by_shape = defaultdict(list)
     for number, x in enumerate(matrices):
         by_shape[min(x.shape[-2:]), max(x.shape[-2:])].append(number)
-    found = [Tensor()] * len(matrices)
+    steps = [Tensor()] * len(matrices)
     for shape, numbers in by_shape.items():
         wide = [matrices[n] if matrices[n].shape[-2:] == shape else matrices[n].mT for n in numbers]
         stack = torch.cat([x.reshape(-1, *shape) for x in wide])
-        steps = orthogonalised(stack).mul_(0.2 * max(shape) ** 0.5)
-        for n, x, step in zip(numbers, wide, steps.split([x[..., 0, 0].numel() for x in wide]), strict=True):
-            found[n] = (step if x is matrices[n] else step.mT).reshape(matrices[n].shape)
-    return found
+        stack = orthogonalised(stack).mul_(0.2 * max(shape) ** 0.5)
+        for n, x, step in zip(numbers, wide, stack.split([x[..., 0, 0].numel() for x in wide]), strict=True):
+            steps[n] = (step if x is matrices[n] else step.mT).reshape(matrices[n].shape)
+    return steps
+
+
+Entry = tuple[Tensor, dict, torch.Generator | None]  # a weight, its group, and what rounds it at random
 
 
 class SeededOptimizer(Optimizer):
-    """Gives `update` a list of the weights that have a gradient, each with its group and, to round bfloat16
-    at random, a generator of its own."""
+    """Gives `update` an Entry for each weight that has a gradient; bfloat16 ones have a generator each."""
 
     def __init__(self, groups: list[dict], seed: int, **defaults):
         super().__init__(groups, defaults | {"seed": seed, "step": 0})
 
     @torch.no_grad()
     def step(self) -> None:
-        number, found = 0, []
+        number, entries = 0, []
         for group in self.param_groups:
             group["step"] += 1
             for weight in group["params"]:
@@ -119,8 +125,8 @@ class SeededOptimizer(Optimizer):
                 if weight.grad is not None:
                     rounds = weight.dtype == torch.bfloat16
                     draw = torch.Generator(weight.device).manual_seed(seed) if rounds else None
-                    found.append((weight, group, draw))
-        self.update(found)
+                    entries.append((weight, group, draw))
+        self.update(entries)
 
 
 class Muon(SeededOptimizer):
@@ -134,20 +140,18 @@ class Muon(SeededOptimizer):
     def __init__(self, groups: list[dict], lr: float, seed: int, momentum: float = 0.95):
         super().__init__(groups, seed, lr=lr, momentum=momentum)
 
-    def update(self, weights: list[tuple[Tensor, dict, torch.Generator | None]]) -> None:
-        piece, size = [], 0
+    def update(self, weights: list[Entry]) -> None:
+        batch, size = [], 0
         for entry in weights:
-            # together, where a GPU would wait for calls; a CPU would need the more memory for nothing
-            most = 2**26 if entry[0].is_cuda else 2**22
-            if piece and size + entry[0].numel() > most:
-                self._update(piece)
-                piece, size = [], 0
-            piece.append(entry)
+            if batch and size + entry[0].numel() > TOGETHER[entry[0].device.type]:
+                self._step_together(batch)
+                batch, size = [], 0
+            batch.append(entry)
             size += entry[0].numel()
-        if piece:
-            self._update(piece)
+        if batch:
+            self._step_together(batch)
 
-    def _update(self, weights: list[tuple[Tensor, dict, torch.Generator | None]]) -> None:
+    def _step_together(self, weights: list[Entry]) -> None:
         directions = [self._direction(weight, group) for weight, group, _ in weights]
         split = [
             whole_matrices(direction).float().split(group["split"], group["dim"])
@@ -184,7 +188,7 @@ class RoundingAdamW(SeededOptimizer):
     def __init__(self, groups, lr: float, betas: tuple[float, float], seed: int, weight_decay: float = 0.0):
         super().__init__(groups, seed, lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay)
 
-    def update(self, weights: list[tuple[Tensor, dict, torch.Generator | None]]) -> None:
+    def update(self, weights: list[Entry]) -> None:
         for weight, group, draw in weights:
             state = self.state[weight]
             if not state:

@@ -347,7 +347,7 @@ def set_up(config: TrainConfig, dataset: data.Dataset, checkpoint: dict | None) 
     if config.init_from == "resume":
         run.restore(checkpoint)
     model.check_promises(config.router, ROUTERS[config.router].decode, config.first_router or config.router)
-    if not (compiled and compiles(run)):
+    if not (compiled and try_compiled(run)):
         prepare_blocks(model, config, compiled=False)
     return run
 
@@ -380,7 +380,8 @@ def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
 
 
 def prepare_blocks(model: MoEGPT, config: TrainConfig, compiled: bool) -> None:
-    """Compiled or not, and computed again going backward or not: by the same graph, which routes alike."""
+    """Compile the model or not; let each block be computed again going backward or not. What is computed
+    again is what was compiled: the same graph routes the second time as the first."""
     model.uncompile()
     if compiled:
         model.compile()
@@ -389,7 +390,7 @@ def prepare_blocks(model: MoEGPT, config: TrainConfig, compiled: bool) -> None:
             block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def compiles(run: Run) -> bool:
+def try_compiled(run: Run) -> bool:
     """Compile the model and try it on one batch. Where that fails, it is said; ValueError if asked for."""
     prepare_blocks(run.model, run.config, compiled=True)
     try:

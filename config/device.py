@@ -83,14 +83,16 @@ def as_graph(function: Callable, **options) -> Callable:
     settings = torch._dynamo.config
     settings.capture_dynamic_output_shape_ops = True  # or the graph breaks where a layer counts its pairs
     settings.recompile_limit = 64  # instead of 8: routers, batch sizes, buckets of a cache
-    warnings.filterwarnings("ignore", "TensorFloat32")  # would let close scores tie
-    warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")
+    # advice to allow tf32 everywhere, where close scores of a gate would tie, and on torch's own kernels
+    for start in ("TensorFloat32", r"\s*Online softmax is disabled"):
+        warnings.filterwarnings("ignore", start)
     return torch.compile(function, **options)
 
 
-def grouped_mm_is_a_kernel() -> bool:
-    """Whether, in bfloat16 on the GPU in use, it is; elsewhere it is a loop on the host, which waits."""
-    return torch.cuda.get_device_capability()[0] in (9, 10)
+def grouped_mm_is_a_kernel(device: torch.device) -> bool:
+    """Whether grouped_mm in bfloat16 is one kernel on that GPU. On others it is a loop on the host, which
+    waits."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @contextmanager

@@ -233,7 +233,7 @@ def is_ratio(key: str) -> bool:
 
 def speed_table(folder: Path) -> str:
     """Markdown: each ratio with an aim or a figure of the paper, and what it is on the machines in `folder`;
-    of one machine's files the last one that has it counts. Raises ValueError where none is.
+    of one machine's files the last one, by name, that has a row counts. Raises ValueError where none is.
     """
     table: dict[tuple, dict[str, str]] = {}
     for path in sorted(folder.glob("*.json")):

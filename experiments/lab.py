@@ -435,6 +435,7 @@ def train_run(lab: Lab, arm: Arm, start: Start, wait: bool = True) -> bool:
 def train_here(arm: Arm, settings: dict[str, object], folder: Path) -> str | None:
     """What train.py does, with the arm's rewiring. What went wrong, if anything did."""
     resume = {"init_from": "resume"} if (folder / "last.pt").is_file() else {}
+    run = None
     try:
         if arm.after and not resume:
             still_there(settings["init_from"])
@@ -445,8 +446,11 @@ def train_here(arm: Arm, settings: dict[str, object], folder: Path) -> str | Non
             raise KeyboardInterrupt
     except (ValueError, OSError, train.Diverged, torch.OutOfMemoryError) as error:
         return str(error)
-    if run.forward is not run.model:
-        torch.compiler.reset()  # or what was compiled would count against the next model
+    finally:
+        if run is not None:
+            run.model.uncompile()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # or what was compiled would count against the next model and shape it
     run.optimizers = []  # half of the file, and no run goes on with them
     return None if run.save("last.pt") else "its end could not be saved"
 

@@ -1,12 +1,14 @@
 """What only a GPU can show. Skipped without one."""
 
+from functools import partial
+
 import pytest
 import torch
 from runs import RUN, entries, flags
 from runs import SHAPE as SMALL
 
 import train
-from config.device import grouped_mm_is_a_kernel
+from config.device import as_graph, grouped_mm_is_a_kernel
 from model import MoEConfig, MoEGPT, compiled_step, run_experts
 from router import ROUTERS, ExpertCache, topk
 from tests.cases import make_scores, select
@@ -86,8 +88,8 @@ def test_a_compiled_step_is_the_eager_one(router):
     torch.manual_seed(0)
     shape = SHAPE | {"block_size": 256, "router": router}
     model = MoEGPT(MoEConfig(**shape)).cuda().cast(torch.bfloat16).eval()
-    caches, step = [model.new_cache(1, 200) for _ in range(2)], compiled_step(True)
-    caches[1].stay()
+    caches, step = [model.new_cache(1, 200) for _ in range(2)], compiled_step(torch.device("cuda"))
+    caches[1].fix_addresses()
     counters = torch._dynamo.utils.counters["inductor"]
     skipped = counters["cudagraph_skips"]
     with torch.no_grad():
@@ -96,7 +98,7 @@ def test_a_compiled_step_is_the_eager_one(router):
                 cache.make_room(1, False)
             eager, compiled = model._step(token, caches[0], None), step(model, token, caches[1], None)
             assert torch.allclose(compiled[0], eager[0], atol=5e-2)
-    assert counters["cudagraph_skips"] == skipped or not grouped_mm_is_a_kernel()
+    assert counters["cudagraph_skips"] == skipped or not grouped_mm_is_a_kernel(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -126,7 +128,7 @@ def test_decoding_with_caches_equals_the_forward_without():
 @pytest.mark.parametrize("name", [name for name, router in ROUTERS.items() if router.exact])
 def test_an_exact_router_never_waits_for_the_device(name):
     """A forward and a backward under bfloat16 autocast read nothing back to the host."""
-    if not grouped_mm_is_a_kernel():
+    if not grouped_mm_is_a_kernel(torch.device("cuda")):
         pytest.skip("elsewhere torch's grouped_mm itself waits")
     model = MoEGPT(MoEConfig(**SHAPE, router=name)).cuda()
     idx = torch.randint(64, (4, 64)).cuda()
@@ -140,10 +142,21 @@ def test_an_exact_router_never_waits_for_the_device(name):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_strict_online_routing_is_one_graph():
-    """torch.compile takes the model whole in bfloat16."""
-    model = MoEGPT(MoEConfig(**SHAPE, router="online_seqtopk")).cuda()
+@pytest.mark.parametrize("router", ["seqtopk", "online_seqtopk"])
+def test_a_compiled_model_has_the_gradients_of_the_eager_one(router, monkeypatch):
+    """In bfloat16, each part one graph, also where blocks are computed again going backward."""
+    monkeypatch.setattr("model.as_graph", partial(as_graph, fullgraph=True))
+    torch.manual_seed(0)
     idx = torch.randint(64, (4, 64)).cuda()
-    compiled = torch.compile(model, fullgraph=True)
-    with torch.autocast("cuda", torch.bfloat16):
-        assert torch.allclose(compiled(idx, idx)[1], model(idx, idx)[1], atol=2e-2)
+    found = []
+    for compiled, again in ((False, False), (True, False), (True, True)):
+        config = train.TrainConfig(**SHAPE, router=router, checkpoint_activations=again)
+        torch.manual_seed(1)
+        model = train.make_model(config, None).cuda()
+        train.prepare_blocks(model, config, compiled)
+        with torch.autocast("cuda", torch.bfloat16):
+            _, loss, stats = model(idx, idx)
+        (loss + stats.balance_loss).backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b, c in zip(*found, strict=True):
+        assert (a - b).norm() <= 0.1 * a.norm() and (b - c).norm() <= 0.01 * b.norm()

@@ -148,12 +148,25 @@ def test_micro_batches_must_divide_among_processes(monkeypatch):
         train.check_processes(train.TrainConfig(gradient_accumulation_steps=6))
 
 
+@pytest.mark.parametrize("gpu, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_numbers_of_the_host_go_through_gloo(monkeypatch, gpu, backend):
+    """With a GPU as well, for whose tensors there is NCCL."""
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed.dist, "init_process_group", found.append)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    with distributed.joined():
+        assert found == [backend]
+
+
 @pytest.mark.parametrize("world, shard, prints", [(1, True, 1), (2, False, 1), (2, True, 0)])
 def test_only_a_whole_model_prints_a_sample(monkeypatch, world, shard, prints):
-    """Compiled, `forward` is another module than the model, sharded or not."""
+    """In DDP `forward` is another module than the model; sharded it is the model."""
     printed, model = [], MoEGPT(MoEConfig(vocab_size=2))
     config = train.TrainConfig(shard=shard, max_iters=1)
-    run = SimpleNamespace(config=config, model=model, forward=torch.nn.Module(), step=1, saved=1)
+    forward = model if shard else torch.nn.Module()
+    run = SimpleNamespace(config=config, model=model, forward=forward, step=1, saved=1)
     for name, value in {"world": lambda: world, "describe": str, "train": lambda run: True}.items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(train, "print_sample", printed.append)

@@ -760,6 +760,29 @@ def test_a_finished_run_whose_checkpoint_was_deleted(own):
     assert re.search(said, lab.train_here(branch, settings, lab.run_folder(here.config, branch, FIRST)))
 
 
+def test_what_a_run_compiled_is_forgotten(own, monkeypatch):
+    """Its graphs do not count against the next model, nor shape it; also where training fails."""
+    runs, resets, set_up = [], [], lab.set_up
+    monkeypatch.setattr(train, "pick_compile", lambda *args: (True, "tried"))
+    monkeypatch.setattr("model.as_graph", lambda function: function)
+    monkeypatch.setattr(lab, "set_up", lambda settings: runs.append(set_up(settings)) or runs[-1])
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(len(runs)))
+    assert torch._dynamo  # loaded, as by a run that compiles
+    here, folder = own
+    arm = replace(lab.router_arms(here, ["topk"], 2)[0], after=None)
+
+    def fail(model):
+        assert "forward" in vars(model.blocks[0])
+        raise train.Diverged("the loss")
+
+    for number, (rewire, said) in enumerate([(None, None), (fail, "the loss")], 1):
+        settings, place = lab.run_settings(here.config, arm, FIRST), folder / str(number)
+        place.mkdir()
+        assert lab.train_here(replace(arm, rewire=rewire), settings, place) == said
+        assert resets == list(range(1, number + 1))
+        assert "forward" not in vars(runs[-1].model.blocks[0])
+
+
 def test_an_oracle_of_answers_is_refused_before_anything_is_trained(own, oracle, monkeypatch):
     here, folder = own
     monkeypatch.setattr(lab, "train_run", None)

@@ -59,7 +59,8 @@ def test_blocks_computed_again_change_nothing(router, monkeypatch):
     for again in (False, True):
         torch.manual_seed(1)
         config = tiny(checkpoint_activations=again, router=router)
-        train.prepare_blocks(model := train.make_model(config, None), config, compiled=False)
+        model = train.make_model(config, None)
+        train.prepare_blocks(model, config, compiled=False)
         _, loss, stats = model(idx[:, :-1], idx[:, 1:])
         (loss + 0.01 * stats.balance_loss + 0.001 * stats.z_loss).backward()
         results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
@@ -71,7 +72,8 @@ def test_blocks_computed_again_change_nothing(router, monkeypatch):
 def test_the_gates_alone_learn(weights_dtype):
     """Under train_only=router only gates, float32 in any case, have gradients and places in the optimiser."""
     config = tiny(train_only="router", weights_dtype=weights_dtype, checkpoint_activations=True)
-    train.prepare_blocks(model := train.make_model(config, None), config, compiled=False)
+    model = train.make_model(config, None)
+    train.prepare_blocks(model, config, compiled=False)
     (optimizer,) = make_optimizers(model, config)
     gates = [layer.gate.weight for layer in model.expert_layers()]
     assert [p for group in optimizer.param_groups for p in group["params"]] == gates

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
+import train
 from config import parse
 from config.device import as_graph, pick_compiled_decoding
 from model import (
@@ -519,6 +520,18 @@ def test_a_refused_text_leaves_the_cache_as_it_was():
         model(idx[:, 5:], cache=cache)
     want = model(idx[:, :6], router="online_seqtopk")[0]
     assert close(model(idx[:, 5:6], cache=cache)[0], want[:, -1:])
+
+
+@pytest.mark.parametrize("router", [name for name, row in ROUTERS.items() if row.causal])
+def test_a_cache_promises_the_addresses_of_all_its_tensors(router):
+    """Those of each layer's keys, values and Expert Cache too: for one that is left out, torch.compile
+    captures no CUDA graph."""
+    cache = make(router).new_cache(1, router=router)
+    cache.fix_addresses()
+    parts = [cache, *cache.kv, *filter(None, cache.expert_caches)]
+    tensors = [t for part in parts for t in vars(part).values() if torch.is_tensor(t)]
+    assert len(tensors) >= 3 + 2 * len(cache.kv)
+    assert {t._dynamo_static_input_type for t in tensors} == {"unguarded"}
 
 
 def test_bytes_of_the_caches():
@@ -1064,7 +1077,8 @@ def test_a_compiled_training_step(name):
 
 def test_a_model_compiled_in_parts(monkeypatch):
     """One graph for all blocks, one each for loss and statistics, used to learn only; the gradients are the
-    eager ones, and those once more when `uncompile` has undone it."""
+    eager ones, the same when blocks are computed again going backward, and the eager ones once more when
+    `uncompile` has undone it."""
     graphs = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr("model.as_graph", partial(as_graph, backend=graphs, fullgraph=True))
     torch._dynamo.reset()
@@ -1078,7 +1092,10 @@ def test_a_model_compiled_in_parts(monkeypatch):
     model.compile()
     list(model.generate(idx, 3))
     assert graphs.frame_count == 0
-    assert_near(gradients(), want, 0.05)
+    compiled = gradients()
+    assert_near(compiled, want, 0.05)
+    train.prepare_blocks(model, train.TrainConfig(checkpoint_activations=True), compiled=True)
+    assert all(map(torch.equal, gradients(), compiled))
     assert graphs.frame_count == 3
     model.uncompile()
     assert all(map(torch.equal, gradients(), want))

@@ -18,7 +18,7 @@ def descend(optimizer, weights, steps=3):
     draw = torch.Generator().manual_seed(7)
     for _ in range(steps):
         for weight in weights:
-            weight.grad = weight.detach() + torch.randn(weight.shape, generator=draw)
+            weight.grad = (weight.detach() + torch.randn(weight.shape, generator=draw)).to(weight.dtype)
         optimizer.step()
 
 
@@ -39,6 +39,22 @@ def test_singular_values_come_out_near_one(shape):
     values = inside.diagonal(dim1=-2, dim2=-1)
     assert (values - 1).abs().max() < 0.1
     assert (inside - torch.diag_embed(values)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
+def test_together_or_apart_weights_learn_alike(weights_dtype, monkeypatch):
+    """A model's weights in one batch, in some, each by itself: the same steps."""
+    config, found = TrainConfig(**SHAPE, vocab_size=50, weights_dtype=weights_dtype), []
+    for most in (1, 5000, 10**9):
+        monkeypatch.setattr(optimizers, "TOGETHER", {"cpu": most})
+        torch.manual_seed(0)
+        model = train.make_model(config, None)
+        weights = [p for p in model.blocks.parameters() if p.dim() > 1]
+        for optimizer in make_optimizers(model, config)[1:]:
+            descend(optimizer, weights)
+        found.append(weights)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
 
 
 def test_a_matrix_of_zeros_stays_zero():

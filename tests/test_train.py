@@ -225,10 +225,13 @@ def test_a_compiler_that_fails(start, capsys, monkeypatch, asked):
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler\nhere")
 
-    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
     monkeypatch.setattr(train, "pick_compile", lambda *args: (True, "tried"))
     if asked == "auto":
-        assert entries(start(compile=asked, max_iters=2), "eval")[-1]["step"] == 2
+        again = []
+        monkeypatch.setattr(train, "recomputed", lambda f, *args, **_: again.append(1) or f(*args))
+        folder = start(compile=asked, max_iters=2, checkpoint_activations=True)
+        assert entries(folder, "eval")[-1]["step"] == 2 and again
         assert "compile   off after all: RuntimeError: no compiler\n" in capsys.readouterr().out
     else:
         err = error_line(capsys, lambda argv: start(compile=asked))
