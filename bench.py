@@ -155,7 +155,7 @@ class Bench(results.Machine):
         """Name -> seconds that the call took in each round A B A B ..., until `seconds` are over.
 
         A warm-up comes first. before(name), not timed, prepares each call; clock(call) makes it and returns
-        its seconds (None: self.seconds). in_a_row: so many calls are timed at once, as the mean of them.
+        its seconds (None: self.seconds). in_a_row: so many calls are timed together; the time is their mean.
         """
         times = {name: [] for name in calls}
         warm_up = 3 if self.gpu else 1

@@ -740,7 +740,7 @@ class MoEGPT(nn.Module):
             setattr(module, name, partial(compiled_to_learn, plain, as_graph(plain)))
 
     def uncompile(self) -> None:
-        """Forget what `compile` has done, and let the model be freed when nobody refers to it."""
+        """Undo `compile`, and whatever else was put in a block's forward: then the model can be freed."""
         for module, name in self._parts():
             vars(module).pop(name, None)
 

@@ -83,7 +83,7 @@ def as_graph(function: Callable, **options) -> Callable:
     settings = torch._dynamo.config
     settings.capture_dynamic_output_shape_ops = True  # or the graph breaks where a layer counts its pairs
     settings.recompile_limit = 64  # instead of 8: routers, batch sizes, buckets of a cache
-    # advice to allow tf32 everywhere, where close scores of a gate would tie, and on torch's own kernels
+    # two pieces of advice: tf32 everywhere, by which close scores of a gate would tie, and on torch's kernels
     for start in ("TensorFloat32", r"\s*Online softmax is disabled"):
         warnings.filterwarnings("ignore", start)
     return torch.compile(function, **options)

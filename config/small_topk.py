@@ -10,5 +10,5 @@ k = 4
 n_hidden = 256
 block_size = 512
 batch_size = 64
-max_iters = 1800  # 2.8 epochs: where a fourth began, the loss rose by 0.05 (experiments/README.md)
+max_iters = 1800  # 2.8 epochs: as a fourth began, the loss rose by 0.05 (experiments/README.md)
 eval_interval = 200

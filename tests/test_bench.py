@@ -72,6 +72,8 @@ def test_interleave_takes_turns_and_drops_the_warm_up():
     times = on_cpu().interleave(calls, 1.0, prepared.append, clock)
     assert log == prepared == ["A", "B"] * (1 + bench.MIN_ROUNDS)
     assert times == {"A": [3.0, 5.0, 7.0, 9.0, 11.0], "B": [4.0, 6.0, 8.0, 10.0, 12.0]}
+    several = on_cpu().interleave({"A": int}, 0, clock=lambda call: len(call()), in_a_row=3)
+    assert set(several["A"]) == {1.0}  # three calls in three seconds
 
 
 def test_the_peak_of_a_call_leaves_out_what_others_have_freed():
