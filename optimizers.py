@@ -89,19 +89,18 @@ def muon_steps(matrices: list[Tensor]) -> list[Tensor]:
     """The steps at a rate of 1 along directions (..., rows, columns) float32: orthogonalised, and as long as
     AdamW's (arXiv 2502.16982, section 2.2).
 
-    Matrices of one shape, transposed or not, are one stack: a GPU would wait for the many calls that small
-    products take one by one.
+    Matrices of one shape are one stack: a GPU would wait for the many calls that small products take one by
+    one.
     """
     by_shape = defaultdict(list)
     for number, x in enumerate(matrices):
-        by_shape[min(x.shape[-2:]), max(x.shape[-2:])].append(number)
+        by_shape[x.shape[-2:]].append(number)
     steps = [Tensor()] * len(matrices)
     for shape, numbers in by_shape.items():
-        wide = [matrices[n] if matrices[n].shape[-2:] == shape else matrices[n].mT for n in numbers]
-        stack = torch.cat([x.reshape(-1, *shape) for x in wide])
-        stack = orthogonalised(stack).mul_(0.2 * max(shape) ** 0.5)
-        for n, x, step in zip(numbers, wide, stack.split([x[..., 0, 0].numel() for x in wide]), strict=True):
-            steps[n] = (step if x is matrices[n] else step.mT).reshape(matrices[n].shape)
+        stacks = [matrices[n].reshape(-1, *shape) for n in numbers]
+        together = orthogonalised(torch.cat(stacks)).mul_(0.2 * max(shape) ** 0.5)
+        for n, step in zip(numbers, together.split([len(stack) for stack in stacks]), strict=True):
+            steps[n] = step.reshape(matrices[n].shape)
     return steps
 
 

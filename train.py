@@ -382,9 +382,7 @@ def make_model(config: TrainConfig, checkpoint: dict | None) -> MoEGPT:
 def prepare_blocks(model: MoEGPT, config: TrainConfig, compiled: bool) -> None:
     """Compile the model or not; let each block be computed again going backward or not. What is computed
     again is what was compiled: the same graph routes the second time as the first."""
-    model.uncompile()
-    if compiled:
-        model.compile()
+    model.compile() if compiled else model.uncompile()
     if config.checkpoint_activations:
         for block in model.blocks:  # nothing in one is drawn at random, so no random state to restore
             block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
